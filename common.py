@@ -1,0 +1,2056 @@
+"""Helpers of ppo.py and grpo.py: everything that carries no algorithm. Reading the scripts does not need this file.
+
+Sections: run set-up · rollouts and the flat row · log-probabilities and values · sampling · models and tokenizers ·
+prompts · rewards · evaluation and statistics · checkpoints
+"""
+
+import argparse
+import ast
+import asyncio
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import http.client
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import numbers
+import operator
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import typing
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors.torch
+import tokenizers
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+
+# =============================================================================
+# Run set-up: arguments, device, processes, signals
+# =============================================================================
+
+
+class UserError(Exception):
+    """Something that the user must mend; the scripts print it as one line and exit with status 2."""
+
+
+def flag(default=None, help="", *, tiny=None, real=None, at_least=None, above=None, at_most=None, choices=None):
+    """A field of a script's `Args`. `tiny` and `real` are the defaults for the built-in model and for any other one."""
+    if tiny is not None or real is not None:
+        help += f" (default: {tiny} for the tiny model, {real} for others)"
+    argument = {"help": help} | ({"choices": choices} if choices else {})
+    metadata = {"argument": argument, "bounds": (at_least, above, at_most), "by_model": (tiny, real)}
+    if isinstance(default, list):
+        argument["action"] = "extend"  # --reward a --reward b
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class OneLineParser(HfArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+# What a resumed run may change: nothing that the path of the training depends on.
+RESUME_MAY_CHANGE = {
+    "resume", "device", "micro_batch_tokens", "gradient_checkpointing", "eval_every", "save_every", "keep_checkpoints",
+    "log_samples", "reward_timeout",
+}  # fmt: skip
+
+
+def parse_args(Args, argv=None):
+    """Command line to a checked instance of the dataclass `Args`; takes --group-size and --group_size alike.
+
+    With --resume RUN the arguments are those of that run, and only a few may be given anew.
+    """
+    plain, hints = [], typing.get_type_hints(Args)
+    for f in dataclasses.fields(Args):  # HfArgumentParser would hand the bounds to argparse, so it gets a plain copy
+        field = dataclasses.field(default=f.default, default_factory=f.default_factory, metadata=f.metadata["argument"])
+        plain.append((f.name, hints[f.name], field))
+    parser = OneLineParser(dataclasses.make_dataclass("Arguments", plain), prog=Path(inspect.getfile(Args)).name, allow_abbrev=False)
+    parser.parse_args(argv)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(parser.parse_args(argv))  # only what stands on the command line
+    if not given.get("resume"):
+        return check_args(Args(**given))
+    saved = read_json(Path(given["resume"]) / "args.json", "--resume")
+    for name, value in given.items():
+        if name not in RESUME_MAY_CHANGE and value != saved.get(name):
+            raise UserError(f"--{name.replace('_', '-')} may not change on --resume: the run was started with {saved.get(name)}")
+    known = {f.name for f in dataclasses.fields(Args)}
+    if set(saved) - known:
+        raise UserError(f"--resume {given['resume']}: that run is not one of {parser.prog} (it has --{sorted(set(saved) - known)[0]})")
+    return check_args(Args(**{**saved, **given}))
+
+
+def check_args(args):
+    """Fill in the defaults that depend on the model and check all numbers; UserError names the flag."""
+    for f in dataclasses.fields(args):
+        (at_least, above, at_most), by_model = f.metadata["bounds"], f.metadata["by_model"]
+        if getattr(args, f.name) is None and by_model != (None, None):
+            setattr(args, f.name, by_model[args.model != "tiny"])
+        value, name = getattr(args, f.name), "--" + f.name.replace("_", "-")
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if math.isnan(value) or (math.isinf(value) and not f.name.startswith("clip")):
+            raise UserError(f"{name} must be a finite number, not {value}")
+        if at_least is not None and value < at_least:
+            raise UserError(f"{name} must be at least {at_least}, not {value}")
+        if above is not None and value <= above:
+            raise UserError(f"{name} must be above {above}, not {value}")
+        if at_most is not None and value > at_most:
+            raise UserError(f"{name} must be at most {at_most}, not {value}")
+    return args
+
+
+def run_script(main, Args):
+    """What `python script.py` does: what the user must mend becomes one line on standard error and exit status 2."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    script, status = Path(inspect.getfile(Args)).name, 0
+    try:
+        status = main(parse_args(Args))
+    except UserError as error:
+        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(status)
+
+
+class Run:
+    """One run of a script: its device, processes and folder, what it says and logs, and whether it has to stop."""
+
+    def __init__(self, args, script: str):
+        self.args, self.script, self.started, self.folder, self.writer = args, script, time.time(), None, None
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = self.choose_device(args.device)
+        self.compute_dtype = self.choose_dtype(args.dtype)
+        if args.prompts_per_step % self.world:
+            raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {self.world} processes")
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        if args.model == "tiny" and self.device.type == "cpu":
+            torch.set_num_threads(1)  # its matrices are too small to share between cores
+        random.seed(args.seed), torch.manual_seed(args.seed)
+        self.stop_signal, self.bar, self.last_line, self.latest = None, None, 0.0, {}
+        self.micro_batch_tokens, self.seconds, self.skipped_updates = args.micro_batch_tokens, {}, 0
+        self.catch_signals()
+
+    def choose_device(self, name):
+        if name is None:
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        if not available.get(name.split(":")[0]):
+            raise UserError(f"--device {name}: not available here (one of cuda, mps, cpu; by default the first that is there)")
+        if name == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+            return device
+        return torch.device(name)
+
+    def choose_dtype(self, name):
+        name = name or ("bfloat16" if self.device.type == "cuda" else "float32")
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+    def autocast(self):
+        """bfloat16 matrix products over float32 weights, where --dtype asks for them."""
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    def uniforms(self, step: int, purpose: int, *shape) -> Tensor:
+        """Random numbers in [0, 1) that depend on seed, step and purpose alone: a resumed run draws the same ones."""
+        generator = torch.Generator().manual_seed((self.args.seed * 1_000_003 + step) * 16 + purpose)
+        return torch.rand(*shape, generator=generator)
+
+    def permutation(self, step: int, purpose: int, n: int) -> Tensor:
+        return self.uniforms(step, purpose, n).argsort()
+
+    def sum(self, *numbers):
+        """Each number summed over all processes."""
+        if self.world == 1:
+            return numbers
+        total = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def share(self, items):
+        """This process's part of a list or tensor that all processes have."""
+        size = len(items) // self.world
+        return items[self.rank * size : (self.rank + 1) * size]
+
+    def steps(self, first: int):
+        """The numbers of the steps still to do, with a progress bar."""
+        self.bar = self.progress(range(first, self.args.steps + 1), initial=first - 1, total=self.args.steps, desc="steps")
+        return self.bar
+
+    @contextlib.contextmanager
+    def timer(self, phase: str):
+        """Seconds of a phase of the step, for perf/<phase>_seconds; waits for the GPU at its end."""
+        started = time.time()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[phase] = time.time() - started
+
+    # ---- the run's folder ----
+
+    def open_folder(self, resumed_at: int = 0):
+        """Make the run's folder, and its TensorBoard writer with the arguments as text."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        args = self.args
+        model, dataset = (re.sub(r"[^\w.-]+", "-", Path(name).name) for name in (args.model, args.dataset))
+        name = f"{self.script}__{model}__{dataset}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.resume or args.output_dir or Path("runs") / name)
+        if self.rank > 0:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not args.resume:
+                if any(self.folder.iterdir()):
+                    raise UserError(f"--output-dir {self.folder}: not empty, and nothing in it shall be overwritten (--resume goes on in a run)")
+                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+            self.writer = SummaryWriter(self.folder, purge_step=resumed_at + 1 if resumed_at else None)
+        except OSError as error:
+            raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
+        rows = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(args).items())
+        self.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
+
+    # ---- signals ----
+
+    def catch_signals(self):
+        """The first Ctrl-C or SIGTERM lets the step in hand finish; the second one stops at once."""
+        def stop(number, frame):
+            if self.stop_signal:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self.stop_signal = number
+            self.say("stopping after this step; once more stops at once")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+
+    def must_stop(self) -> bool:
+        """Whether any process was told to stop; all processes get the same answer."""
+        return self.sum(bool(self.stop_signal))[0] > 0
+
+    # ---- what it says ----
+
+    def say(self, text):
+        if self.rank == 0:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(text, flush=True)
+
+    def say_stopped(self, step) -> int:
+        """How to go on after a signal; returns the exit status."""
+        self.close()
+        self.say(f"stopped after step {step}; to go on: python {self.script}.py --resume {self.folder}")
+        return 128 + (self.stop_signal or signal.SIGTERM)
+
+    def say_done(self, state) -> int:
+        """The last line of a finished run; returns the exit status."""
+        self.close()
+        before, after = state["accuracy_before"], state["accuracy"]
+        seconds = time.time() - self.started
+        self.say(f"done steps={self.args.steps} eval/accuracy_before={before:.3f} eval/accuracy={after:.3f} seconds={seconds:.1f} run={self.folder}")
+        return 0
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def warn(self, text):
+        self.say(f"warning: {text}")
+
+    def progress(self, iterable=None, **options):
+        """A progress bar on a terminal; nothing where the output is a file, since `log` prints lines there."""
+        return tqdm(iterable, disable=self.rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True, **options)
+
+    def log(self, step, metrics):
+        """Scalars to TensorBoard, and a line (or the bar's postfix) with what matters most."""
+        if self.rank > 0:
+            return
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, float(value), step)
+        names = {"reward": "reward/mean", "accuracy": "eval/accuracy", "kl": "objective/kl", "tok/s": "perf/tokens_per_second"}
+        self.latest |= {k: float(metrics[name]) for k, name in names.items() if name in metrics}
+        line = " ".join(f"{k} {v:,.0f}" if k == "tok/s" else f"{k} {v:.3f}" for k, v in self.latest.items())
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix_str(line, refresh=False)
+        elif time.time() - self.last_line > 5 or step == self.args.steps:
+            self.last_line = time.time()
+            print(f"step {step}/{self.args.steps} {line}", flush=True)
+
+    def log_samples(self, step, prompts, completions, scores):
+        """A table of the first completions with their scores."""
+        if self.rank > 0:
+            return
+        cell = lambda text: str(text).replace("|", "\\|").replace("\n", " ")[:500]  # noqa: E731
+        rows = [f"| {cell(p.prompt)} | {cell(c)} | {s:.3g} |" for p, c, s in zip(prompts, completions, scores)]
+        table = "\n".join(["| prompt | completion | score |", "|---|---|---|", *rows[: self.args.log_samples]])
+        self.writer.add_text("completions/samples", table, step)
+
+
+# =============================================================================
+# Rollouts and the flat row
+# =============================================================================
+# Every forward pass of this project, in sampling and in training, sees one row of tokens, (1, n), from many
+# sequences and without padding. All layers of a transformer but attention work token by token, so attention alone
+# has to know which token belongs to which sequence. It is registered with transformers under a name of its own and
+# takes that from the `layout` that the caller hands through the model.
+
+
+@dataclass
+class Rollout:
+    """The completions of one step: the only thing that flows through a training loop.
+
+    Column t of every (B, C) tensor is completion token t. Lengths and `prompt_index` stay on the CPU, where the
+    index arithmetic is done; the other tensors are on the device. Fields with a default are filled on the way.
+    """
+
+    prompt_ids: Tensor  # (B, P) left-padded
+    prompt_lengths: Tensor  # (B,)
+    prompt_index: Tensor  # (B,) sequences with the same number continue the same prompt
+    completion_ids: Tensor  # (B, C)
+    completion_mask: Tensor  # (B, C) True up to and including the first end token
+    lengths: Tensor  # (B,) valid tokens of each completion
+    truncated: Tensor  # (B,) True where no end token was sampled
+    sampler_logprobs: Tensor  # (B, C) of the sampled tokens, as the sampler saw them
+    scores: Tensor | None = None  # (B,)
+    advantages: Tensor | None = None  # (B, 1) in GRPO, (B, C) in PPO
+    old_logprobs: Tensor | None = None  # (B, C)
+    ref_logprobs: Tensor | None = None  # (B, C)
+    values: Tensor | None = None  # (B, C) PPO
+    returns: Tensor | None = None  # (B, C) PPO
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The sequences `rows` (CPU indices), with columns trimmed to the longest completion among them."""
+        columns = max(int(self.lengths[rows].max()), 1)
+        device_rows = to_device(rows, self.completion_ids.device)
+        picked = {}
+        for field in dataclasses.fields(self):
+            x = getattr(self, field.name)
+            if x is not None:
+                x = x[rows] if x.device == rows.device else x[device_rows]
+                picked[field.name] = x if x.dim() == 1 or field.name == "prompt_ids" else x[:, :columns]
+        return Rollout(**picked)
+
+    def leave_out(self, rows: Tensor):
+        """Empty the masks of `rows` (CPU, boolean): they count in no loss and no mean."""
+        self.lengths = self.lengths.masked_fill(rows, 0)
+        self.completion_mask = self.completion_mask & ~to_device(rows, self.completion_mask.device)[:, None]
+
+    def slots(self) -> Tensor:
+        """Cells of the (B, C) tensors that hold the valid tokens, as indices into them flattened."""
+        row, column = grid(self.lengths)
+        return to_device(row * self.completion_ids.shape[1] + column, self.completion_ids.device)
+
+
+def grid(lengths):
+    """Row and column of each filled cell of a table whose row i has its first lengths[i] cells filled."""
+    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return row, torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
+
+
+def to_device(x, device):
+    """Move without waiting for a GPU."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+def flat_row_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, layout=None, **kwargs):
+    """Attention for transformers: query (1, H, n, D), key and value (1, H_kv, n, D) -> (1, n, H, D)."""
+    if layout is None or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise UserError(f"--model: the attention of {type(module).__name__} is of a kind that this project does not run")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (n, heads, D)
+    return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window)[None], None
+
+
+AttentionInterface.register("flat_row", flat_row_attention)
+
+
+def dot_product_attention(query, key, value, scaling, mask=None):
+    """softmax(Q K^T) V; query (b, H, q, D), key and value (b, H_kv, k, D), additive mask (b or 1, 1, q, k), None: causal."""
+    b, heads, q, dim = query.shape
+    repeats = heads // key.shape[1]
+    if repeats > 1 and q == 1:  # query heads that share a key head become its queries: no key is copied
+        query = query.reshape(b, -1, repeats, dim)
+    elif repeats > 1:
+        key, value = (x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (key, value))
+    is_causal = mask is None and q > 1
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scaling)
+    return out.reshape(b, heads, q, value.shape[-1])
+
+
+def flat_forward(model, tokens, positions, layout):
+    """The transformer without its head on one flat row: tokens and positions (n,) -> hidden states (n, hidden)."""
+    out = model.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, layout=layout)
+    return out.last_hidden_state[0]
+
+
+class PackedLayout:
+    """Prompts, then completions, in one flat row; a prompt that several completions share stands there once.
+
+    Its forward pass runs once and its completions attend to its keys and values, which is exact: causal attention
+    never lets a prompt see what follows it. `predictors` are the rows of the hidden states that predict the completion
+    tokens, sequence by sequence. With a `cache` the prompts' keys and values are stored there.
+
+    prompt_lengths (n,) of the distinct prompts; group (b,): which of them a completion continues; lengths (b,) of the
+    completions; all on the CPU. The last token of a completion is no input, since nothing is predicted from it.
+    """
+
+    def __init__(self, prompt_lengths, group, lengths, device, cache=None):
+        inputs = (lengths - 1).clamp(min=0)
+        self.n, self.P, self.b, self.C = len(prompt_lengths), int(prompt_lengths.max()), len(group), int(inputs.max())
+        self.prompt_row, self.prompt_column = grid(prompt_lengths)
+        self.input_row, self.input_column = grid(inputs)
+        self.prompt_tokens = len(self.prompt_row)
+        positions = torch.cat([self.prompt_column, prompt_lengths[group][self.input_row] + self.input_column])
+        # The one place that shifts by a token: completion token 0 is predicted by its prompt's last token, token t by
+        # completion token t - 1.
+        prompt_end = prompt_lengths.cumsum(0)[group] - 1
+        completion_start = self.prompt_tokens + inputs.cumsum(0) - inputs
+        row, column = grid(lengths)
+        predictors = torch.where(column == 0, prompt_end[row], completion_start[row] + column - 1)
+
+        self.positions, self.predictors = to_device(positions, device), to_device(predictors, device)
+        self.prompt_slots = to_device(self.prompt_row * self.P + self.prompt_column, device)
+        self.input_slots = to_device(self.input_row * self.C + self.input_column, device)
+        self.group, self.prompt_lengths = to_device(group, device), to_device(prompt_lengths, device)
+        self.masks, self.cache = {}, cache
+
+    def attend(self, layer, query, key, value, scaling, window):
+        """query (n, H, D), key and value (n, H_kv, D) of all tokens in the flat row -> (n, H, D)."""
+        prompt_mask, mask = self.mask(window, query.dtype)
+        q, k, v = (pad(x[: self.prompt_tokens], self.prompt_slots, self.n, self.P) for x in (query, key, value))
+        out = unpad(dot_product_attention(q, k, v, scaling, prompt_mask), self.prompt_slots)
+        if self.cache is not None:
+            self.cache.fill(layer, k, v)
+        if self.C == 0:
+            return out
+        q, own_k, own_v = (pad(x[self.prompt_tokens :], self.input_slots, self.b, self.C) for x in (query, key, value))
+        k, v = (torch.cat([x.index_select(0, self.group), own], dim=2) for x, own in ((k, own_k), (v, own_v)))
+        return torch.cat([out, unpad(dot_product_attention(q, k, v, scaling, mask), self.input_slots)])
+
+    def mask(self, window, dtype):
+        """Additive masks (1, 1, P, P), or None if plainly causal, and (b, 1, C, P + C); `window`: tokens seen back, or None."""
+        if (window, dtype) not in self.masks:
+            column = torch.arange(max(self.P, self.C), device=self.positions.device)
+            p, c = column[: self.P], column[: self.C]
+            start = self.prompt_lengths[self.group][:, None, None]  # (b, 1, 1) where a completion starts
+            allowed = torch.cat([(p < start).expand(-1, self.C, -1), (c <= c[:, None]).expand(self.b, -1, -1)], dim=2)
+            prompt_mask = None
+            if window is not None:
+                key_positions = torch.cat([p.expand(self.b, 1, -1), start + c], dim=2)
+                allowed = allowed & (start + c[:, None] - key_positions < window)
+                back = p[:, None] - p
+                prompt_mask = additive((back >= 0) & (back < window), dtype)[None, None] if window < self.P else None
+            self.masks[window, dtype] = prompt_mask, additive(allowed[:, None], dtype)
+        return self.masks[window, dtype]
+
+
+def additive(allowed, dtype):
+    """0 where allowed, the lowest number elsewhere (not -inf: a row with nothing allowed must not give NaN)."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def pad(x, slots, rows, columns):
+    """Tokens (n, heads, D) to their slots of a table (rows, heads, columns, D), zeros elsewhere."""
+    if len(x) < rows * columns:
+        x = x.new_zeros(rows * columns, *x.shape[1:]).index_copy(0, slots, x)
+    return x.reshape(rows, columns, *x.shape[1:]).transpose(1, 2)
+
+
+def unpad(x, slots):
+    """The inverse of `pad`: (rows, heads, columns, D) -> (n, heads, D)."""
+    x = x.transpose(1, 2).flatten(0, 1)
+    return x if len(slots) == len(x) else x.index_select(0, slots)
+
+
+# =============================================================================
+# Log-probabilities and values of completion tokens
+# =============================================================================
+
+
+def completion_states(model, batch: Rollout):
+    """Hidden states that predict the valid completion tokens, sequence by sequence: (number of valid tokens, hidden)."""
+    device = batch.completion_ids.device
+    first, group = distinct(batch.prompt_index)
+    layout = PackedLayout(batch.prompt_lengths[first], group, batch.lengths, device)
+    P, C = batch.prompt_ids.shape[1], batch.completion_ids.shape[1]
+    prompt = first[layout.prompt_row]
+    prompt_cells = prompt * P + P - batch.prompt_lengths[prompt] + layout.prompt_column  # left-padded
+    input_cells = layout.input_row * C + layout.input_column
+    prompt_tokens = batch.prompt_ids.flatten()[to_device(prompt_cells, device)]
+    input_tokens = batch.completion_ids.flatten()[to_device(input_cells, device)]
+    states = flat_forward(model, torch.cat([prompt_tokens, input_tokens]), layout.positions, layout)
+    return states.index_select(0, layout.predictors)
+
+
+def distinct(index):
+    """First position of each distinct number of `index`, and for every position which of those numbers it holds."""
+    numbers, group = torch.unique(index, return_inverse=True)
+    first = torch.full((len(numbers),), len(index)).scatter_reduce(0, group, torch.arange(len(index)), "amin")
+    return first, group
+
+
+def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=False):
+    """Log-probabilities of the completion tokens at `temperature`: (B, C) float32, 0 outside the mask, differentiable.
+
+    With `with_entropy` also the entropy of the distributions they were drawn from, (B, C), not differentiable. The
+    vocabulary head runs on the valid completion tokens only, some at a time, so that no (B, T, V) tensor exists.
+    """
+    states, head, slots = completion_states(model, batch), model.get_output_embeddings(), batch.slots()
+    targets = batch.completion_ids.flatten()[slots]
+    keep = torch.is_grad_enabled() and len(states) * len(head.weight) <= HeadLogprobs.KEEP
+    scale = logit_scale(model) / temperature
+    logprobs, entropy = HeadLogprobs.apply(states, head.weight, head.bias, targets, scale, keep, with_entropy)
+    logprobs = from_slots(logprobs, slots, batch.completion_ids.shape)
+    return (logprobs, from_slots(entropy, slots, batch.completion_ids.shape)) if with_entropy else logprobs
+
+
+def completion_values(critic, batch: Rollout):
+    """The critic's value before each completion token: (B, C) float32, 0 outside the mask."""
+    values = critic.head(completion_states(critic.backbone, batch).float()).squeeze(-1)
+    return from_slots(values, batch.slots(), batch.completion_ids.shape)
+
+
+def from_slots(x, slots, shape):
+    """Numbers of the valid tokens, one after the other, to a (B, C) table with zeros elsewhere."""
+    return x.new_zeros(shape.numel()).index_copy(0, slots, x).view(shape)
+
+
+def logit_scale(model):
+    """What some families multiply their logits by (Cohere: logit_scale, Granite: 1 / logits_scaling)."""
+    return (getattr(model.config, "logit_scale", None) or 1.0) / (getattr(model.config, "logits_scaling", None) or 1.0)
+
+
+def float32_product(a, b):
+    """a @ b as float32: rounding logits to bfloat16 would put some 0.03 of noise on every log-probability."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def head_logits(states, weight, bias, scale):
+    """Logits (n, V) in float32 for hidden states (n, hidden)."""
+    logits = float32_product(states, weight.t())
+    if bias is not None:
+        logits += bias
+    return logits if scale == 1.0 else logits.mul_(scale)
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """log softmax(scale (h W^T + bias))[target] and its entropy for hidden states h (n, hidden), chunk by chunk.
+
+    The softmax of a chunk is written over its logits, and its gradient over the softmax. With `keep` the softmax waits
+    for the backward pass, else it is computed again there: one matrix product more, but one chunk at most in memory.
+    """
+
+    CHUNK, KEEP = 2**25, 2**27  # numbers in a chunk of logits (128 MiB) and in all softmaxes kept (512 MiB)
+
+    @staticmethod
+    def chunks(n, vocabulary):
+        size = max(HeadLogprobs.CHUNK // vocabulary, 1)
+        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, scale, keep, with_entropy):
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        low_states, low_weight = states.to(dtype), weight.to(dtype)
+        logprobs, entropy, kept = [states.new_zeros(0, dtype=torch.float32)], [], []
+        for chunk in HeadLogprobs.chunks(len(states), len(weight)):
+            logits = head_logits(low_states[chunk], low_weight, bias, scale)
+            logits -= logits.max(dim=-1, keepdim=True).values
+            target_logits = logits.gather(1, targets[chunk, None])[:, 0]
+            softmax = logits.exp() if with_entropy else logits.exp_()
+            total = softmax.sum(dim=-1)
+            logprobs.append(target_logits - total.log())
+            if with_entropy:  # H = log Z - sum p z; as a product of rows it needs no third table
+                entropy.append(total.log() - torch.bmm(softmax[:, None], logits[:, :, None])[:, 0, 0] / total)
+            if keep:
+                kept.append(softmax.div_(total[:, None]))
+        ctx.save_for_backward(low_states, weight, bias, targets)
+        ctx.dtype, ctx.states_dtype, ctx.scale, ctx.kept = dtype, states.dtype, scale, kept
+        logprobs = torch.cat(logprobs)
+        entropy = torch.cat(entropy) if entropy else torch.zeros_like(logprobs)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _):
+        states, weight, bias, targets = ctx.saved_tensors
+        low_weight, kept, ctx.kept = weight.to(ctx.dtype), ctx.kept, []
+        grad_states = torch.empty(states.shape, dtype=ctx.states_dtype, device=states.device)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None else None
+        for i, chunk in enumerate(HeadLogprobs.chunks(len(states), len(weight))):
+            if kept:
+                grad, kept[i] = kept[i], None
+            else:
+                grad = head_logits(states[chunk], low_weight, bias, ctx.scale).softmax(dim=-1)
+            g = grad_logprobs[chunk, None] * ctx.scale  # d logprob / d logits = scale (onehot - softmax)
+            grad = grad.mul_(-g).scatter_add_(1, targets[chunk, None], g)
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
+            grad = grad.to(ctx.dtype)
+            grad_states[chunk] = grad @ low_weight
+            if grad_weight is not None and ctx.dtype == torch.float32:
+                grad_weight.addmm_(grad.t(), states[chunk])
+            elif grad_weight is not None:
+                grad_weight += float32_product(grad.t(), states[chunk])
+        return grad_states, grad_weight, grad_bias, None, None, None, None
+
+
+# =============================================================================
+# Sampling
+# =============================================================================
+
+
+class DecodeLayout:
+    """Attention of one new token a row to keys and values in a cache that is written in place and read through views.
+
+    Column j of the cache is prompt token j for j < P, then completion token j - P; columns that a shorter prompt leaves
+    empty stay masked. All tensors are static, so that a decoding step can be captured in a CUDA graph.
+    """
+
+    def __init__(self, rows, columns, device, dtype):
+        self.rows, self.columns, self.device = rows, columns, device
+        self.keys, self.values = {}, {}
+        self.mask = torch.zeros(rows, 1, 1, columns, dtype=dtype, device=device)  # additive
+        self.key_positions = torch.zeros(rows, 1, 1, columns, dtype=torch.long, device=device)
+        self.positions = torch.zeros(rows, dtype=torch.long, device=device)  # of the new tokens
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # that the new tokens are written to
+        self.live = self.used = 0  # rows and columns that a step works on
+
+    def start(self, prompt_lengths, group, P):
+        """Empty the cache for prompts of these lengths (N,); row b continues prompt group[b]."""
+        self.group, self.P, self.live = group, P, len(group)
+        start, column = prompt_lengths[group][:, None], torch.arange(self.columns, device=self.device)
+        self.mask[: self.live, 0, 0] = additive(column < start, self.mask.dtype)
+        self.key_positions[: self.live, 0, 0] = torch.where(column < P, column, start + column - P)
+        self.positions[: self.live] = start[:, 0]
+        self.column.fill_(P)
+
+    def fill(self, layer, key, value):
+        """Store the prompts' keys and values, (N, H_kv, P, D), once for every row that continues them."""
+        for cache, x in ((self.keys, key), (self.values, value)):
+            if layer not in cache:
+                cache[layer] = x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3])
+            cache[layer][: self.live, :, : self.P] = x.index_select(0, self.group)
+
+    def attend(self, layer, query, key, value, scaling, window):
+        """query (live, H, D), key and value (live, H_kv, D) of the new tokens -> (live, H, D)."""
+        keys, values = self.keys[layer][: self.live], self.values[layer][: self.live]
+        keys.index_copy_(2, self.column, key[:, :, None])
+        values.index_copy_(2, self.column, value[:, :, None])
+        mask = self.mask[: self.live, :, :, : self.used]
+        if window is not None:
+            back = self.positions[: self.live, None, None, None] - self.key_positions[: self.live, :, :, : self.used]
+            mask = mask.masked_fill(back >= window, torch.finfo(mask.dtype).min)
+        keys, values = keys[:, :, : self.used], values[:, :, : self.used]
+        return dot_product_attention(query[:, :, None], keys, values, scaling, mask)[:, :, 0]
+
+    def advance(self):
+        self.column += 1
+        self.positions[: self.live] += 1
+
+    def move(self, source, target):
+        """Copy rows `source` over rows `target`."""
+        for tensor in (self.mask, self.key_positions, self.positions):
+            tensor[target] = tensor[source]
+        for tensor in (*self.keys.values(), *self.values.values()):
+            tensor[target, :, : self.used] = tensor[source, :, : self.used]
+
+
+def draw(logits, uniform):
+    """Tokens (n,) from softmax(logits (n, V)) by inverting its cumulative distribution at uniform (n,) in [0, 1).
+
+    One random number a row instead of V; the same distribution. Also the tokens' log-probabilities (n,).
+    """
+    probs = logits.softmax(dim=-1)
+    cumulative = probs.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = torch.searchsorted(cumulative, point, right=True)  # the first whose cumulative is above the point
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+
+
+class Sampler:
+    """Samples completions from a model, without `generate` and so without its inherited defaults.
+
+    Each prompt is prefilled once and its keys and values are copied to the rows of its group. Rows that have finished
+    leave the batch and the last live ones move into their places: on a CPU at once; on a GPU by halves, where a step is
+    a CUDA graph of static shape (rows by halves, columns by 128). A token is found by inverting the cumulative
+    distribution at a number drawn beforehand for its sequence and position, so what is sampled does not depend on the
+    batch it is sampled in. Nothing but `temperature` shapes the distribution.
+    """
+
+    def __init__(self, policy, end_ids, temperature, max_new_tokens, compute_dtype=torch.float32):
+        self.is_exact = compute_dtype == torch.float32  # else the trainer's log-probs differ a little from the sampler's
+        self.model = policy if self.is_exact else frozen_copy(policy, compute_dtype)
+        self.pad_id, self.temperature, self.C = min(end_ids), temperature, max_new_tokens
+        self.device = next(policy.parameters()).device
+        self.end_ids = torch.tensor(sorted(end_ids), device=self.device)
+        self.compute_dtype, self.cache, self.graphs = compute_dtype, None, {}
+        self.is_cuda = self.device.type == "cuda"
+
+    def refresh(self, policy):
+        """Take over the policy's weights, where sampling needs them in another precision."""
+        if self.model is not policy:
+            copy_weights(policy, self.model)
+
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]], group_size: int, uniforms: Tensor | None) -> Rollout:
+        """Sample `group_size` completions of each of the N prompts (token ids): a Rollout of B = N * group_size.
+
+        uniforms (B, max_new_tokens): numbers in [0, 1) that decide the tokens; None takes the likeliest ones (greedy).
+        """
+        prompt_lengths = torch.tensor([len(ids) for ids in prompts])
+        B, P, greedy = len(prompts) * group_size, int(prompt_lengths.max()), uniforms is None
+        group = torch.arange(len(prompts)).repeat_interleave(group_size)
+        self.allocate(B, P, uniforms)
+        is_low = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=is_low, cache_enabled=False):
+            self.prefill(prompts, prompt_lengths, to_device(group, self.device), P, greedy)
+            for t in range(1, self.C):
+                if not self.is_cuda or t % 16 == 1:  # reading `finished` waits for a GPU: not at every step
+                    self.drop_finished()
+                if self.cache.live == 0:
+                    break
+                self.cache.used = min(-(-(P + t) // self.block) * self.block, self.cache.columns)
+                self.step(greedy) if not self.is_cuda else self.replay(greedy)
+        return self.rollout(prompts, prompt_lengths, group)
+
+    def allocate(self, B, P, uniforms):
+        """The static tensors that a step reads and writes; on a GPU those of the last call, where large enough."""
+        self.block = 128 if self.is_cuda else 1
+        columns = -(-(P + self.C) // self.block) * self.block
+        if self.cache is None or self.cache.rows < B or self.cache.columns < columns:
+            self.graphs, self.cache = {}, DecodeLayout(B, columns, self.device, self.compute_dtype)
+            self.tokens, self.sequence, self.lengths = (torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(3))
+            self.finished = torch.zeros(B, dtype=torch.bool, device=self.device)
+            self.t = torch.zeros(1, dtype=torch.long, device=self.device)
+            self.ids = torch.zeros(B, self.C, dtype=torch.long, device=self.device)
+            self.logprobs, self.uniforms = (torch.zeros(B, self.C, device=self.device) for _ in range(2))
+        for tensor in (self.logprobs, self.lengths, self.finished, self.t):
+            tensor.zero_()
+        self.ids.fill_(self.pad_id)
+        self.sequence[:B] = torch.arange(B, device=self.device)  # that each row holds
+        if uniforms is not None:
+            self.uniforms[:B] = to_device(uniforms, self.device)
+
+    def prefill(self, prompts, prompt_lengths, group, P, greedy):
+        """Fill the cache from the prompts and choose the first token of every sequence."""
+        lengths = torch.ones_like(prompt_lengths)  # one token to predict, none to feed
+        layout = PackedLayout(prompt_lengths, torch.arange(len(prompts)), lengths, self.device, self.cache)
+        self.cache.start(layout.prompt_lengths, group, P)
+        tokens = to_device(torch.tensor([token for ids in prompts for token in ids]), self.device)
+        states = flat_forward(self.model, tokens, layout.positions, layout).index_select(0, layout.predictors)
+        self.choose(self.logits(states).index_select(0, group), greedy)
+
+    def step(self, greedy):
+        """Feed the newest token of every live row and choose the next: works on static tensors only."""
+        cache = self.cache
+        cache.mask[: cache.live].index_fill_(3, cache.column, 0.0)
+        states = flat_forward(self.model, self.tokens[: cache.live], cache.positions[: cache.live], cache)
+        self.choose(self.logits(states), greedy)
+        cache.advance()
+
+    def logits(self, states):
+        head = self.model.get_output_embeddings()
+        return head_logits(states.to(head.weight.dtype), head.weight, head.bias, logit_scale(self.model) / self.temperature)
+
+    def choose(self, logits, greedy):
+        """Choose and record a token for each live row from logits (live, V)."""
+        live = slice(self.cache.live)
+        sequence, finished, t = self.sequence[live], self.finished[live], self.t.expand(self.cache.live)
+        if greedy:
+            tokens = logits.argmax(dim=-1)
+            logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        else:
+            tokens, logprobs = draw(logits, self.uniforms[sequence, t])
+        self.ids[sequence, t] = torch.where(finished, self.pad_id, tokens)
+        self.logprobs[sequence, t] = torch.where(finished, 0.0, logprobs)
+        self.lengths[sequence] += ~finished
+        self.tokens[live] = tokens
+        finished |= (tokens[:, None] == self.end_ids).any(dim=-1)
+        self.t += 1
+
+    def replay(self, greedy):
+        """One step as a CUDA graph, captured the first time that its shape is seen."""
+        key = (self.cache.live, self.cache.used, greedy)
+        if key not in self.graphs:
+            saved = [x.clone() for x in self.state()]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.step(greedy)  # warms up what must not happen during the capture
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.graphs.get("pool")):
+                self.step(greedy)
+            self.graphs.setdefault("pool", self.graphs[key].pool())
+            for x, old in zip(self.state(), saved):
+                x.copy_(old)
+        self.graphs[key].replay()
+
+    def state(self):
+        """What a step changes, besides the cache cells of its own column, which it writes again."""
+        cache = self.cache
+        return [self.tokens, self.finished, self.t, self.lengths, self.ids, self.logprobs, cache.positions, cache.column]
+
+    def drop_finished(self):
+        """Let finished rows leave: the last live rows move into the places of finished ones."""
+        finished = self.finished[: self.cache.live].cpu()
+        live = int((~finished).sum())
+        if self.is_cuda:  # by halves, so that few shapes occur
+            halved = self.cache.live
+            while live and live <= halved // 2:
+                halved //= 2
+            live = halved if live else 0
+        if live == self.cache.live:
+            return
+        holes = to_device(finished[:live].nonzero()[:, 0], self.device)
+        movers = to_device(live + (~finished[live:]).nonzero()[:, 0], self.device)
+        holes = holes[: len(movers)]
+        self.cache.move(movers, holes)
+        for tensor in (self.tokens, self.sequence, self.finished):
+            tensor[holes] = tensor[movers]
+        self.cache.live = live
+
+    def rollout(self, prompts, prompt_lengths, group) -> Rollout:
+        B, P = len(group), int(prompt_lengths.max())
+        lengths = self.lengths[:B].cpu()
+        C = int(lengths.max())
+        prompt_ids = torch.full((len(prompts), P), self.pad_id)
+        for row, ids in zip(prompt_ids, prompts):
+            row[P - len(ids) :] = torch.tensor(ids)
+        device_lengths = to_device(lengths, self.device)[:, None]
+        completion_ids = self.ids[:B, :C].clone()
+        last = completion_ids.gather(1, device_lengths - 1)
+        rollout = Rollout(
+            prompt_ids=to_device(prompt_ids[group], self.device),
+            prompt_lengths=prompt_lengths[group],
+            prompt_index=group,
+            completion_ids=completion_ids,
+            completion_mask=torch.arange(C, device=self.device) < device_lengths,
+            lengths=lengths,
+            truncated=~(last == self.end_ids).any(dim=-1),
+            sampler_logprobs=self.logprobs[:B, :C].clone(),
+        )
+        if not self.is_cuda:
+            self.cache = None  # the memory is wanted by the update
+        return rollout
+
+
+def rollout_of(prompts: list[list[int]], completions: list[list[int]], device, prompt_index: list[int] | None = None) -> Rollout:
+    """A Rollout of given token ids: one prompt and one completion a sequence."""
+    lengths, prompt_lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (completions, prompts))
+    completion_ids, prompt_ids = (torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long) for rows in (completions, prompts))
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        prompt_ids[i, prompt_ids.shape[1] - len(prompt) :] = torch.tensor(prompt)
+        completion_ids[i, : len(completion)] = torch.tensor(completion)
+    mask = torch.arange(completion_ids.shape[1]) < lengths[:, None]
+    return Rollout(
+        prompt_ids=prompt_ids.to(device),
+        prompt_lengths=prompt_lengths,
+        prompt_index=torch.arange(len(prompts)) if prompt_index is None else torch.tensor(prompt_index),
+        completion_ids=completion_ids.to(device),
+        completion_mask=mask.to(device),
+        lengths=lengths,
+        truncated=torch.zeros(len(prompts), dtype=torch.bool, device=device),
+        sampler_logprobs=torch.zeros(mask.shape, device=device),
+    )
+
+
+# =============================================================================
+# Models and tokenizers
+# =============================================================================
+
+
+def load_policy(args, run):
+    """The policy in float32, its tokenizer and the set of its end tokens. The tiny model comes warm-started."""
+    if args.model == "tiny":
+        tokenizer = tiny_tokenizer()
+        policy = tiny_model(tokenizer, args.seed).to(run.device)
+        if not args.resume:
+            warm_start(policy, tokenizer, run)
+        return policy, tokenizer, {tokenizer.eos_token_id}
+    tokenizer = load_tokenizer(args.model, "--model", args)
+    policy = load_model(AutoModelForCausalLM, args.model, "--model", args).to(run.device)
+    ends = policy.generation_config.eos_token_id if policy.generation_config else None
+    ends = {tokenizer.eos_token_id, policy.config.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if not ends:
+        raise UserError(f"--model {args.model}: neither its tokenizer nor its generation_config names an end token (eos_token)")
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy, tokenizer, ends
+
+
+def load_model(auto_class, name, flag_name, args):
+    """A transformers model in float32, from safetensors, with this project's attention and dropout off."""
+    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
+    try:
+        model = auto_class.from_pretrained(name, attn_implementation="flat_row", **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(f"{flag_name} {name}: cannot be loaded: {first_line(error)}") from error
+    return without_dropout(model)
+
+
+def load_tokenizer(name, flag_name, args):
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{flag_name} {name}: no tokenizer could be loaded: {first_line(error)}") from error
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def without_dropout(model):
+    """The ratio of two different dropout masks would mean nothing. (Train mode stays on: gradient checkpointing needs it.)"""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+class Critic(nn.Module):
+    """A transformer with a scalar head in place of the vocabulary's: the expected return before each token."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(backbone.config.hidden_size, 1)
+        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
+
+
+def frozen_copy(model, compute_dtype=torch.float32):
+    """A copy that is never trained.
+
+    For a lower `compute_dtype` its matrices are stored in it: half the memory, and the same results as from float32
+    weights under autocast, which casts matrices to it anyway; vectors and the residual stream stay float32.
+    """
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    if compute_dtype != torch.float32:
+        for parameter in frozen.parameters():
+            parameter.data = parameter.data.to(compute_dtype) if parameter.dim() > 1 else parameter.data
+        frozen.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
+    return frozen
+
+
+@torch.no_grad()
+def copy_weights(source, target):
+    """Copy the parameters of `source` into those of `target`, whatever the precision of the two."""
+    for a, b in zip(source.parameters(), target.parameters(), strict=True):
+        b.copy_(a)
+
+
+def tiny_tokenizer():
+    """A tokenizer whose tokens are single characters."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<end>", *"0123456789+="])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+def tiny_model(tokenizer, seed):
+    """A Llama with 108,096 random weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.05, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation="flat_row").train()
+
+
+def addition_rows(split):
+    """The built-in task: the sum of two numbers of two digits, with operands and answer written units first.
+
+    `74+28=` asks for 47 + 82, and `921` is right. Easy: no column carries; hard: at least one does. The sets "warm start",
+    "train" and "test" are disjoint and the same for every seed; a sum and its mirror image 82 + 47 are in the same set.
+    """
+    sets, shuffler = {"test": [], "warm start": [], "train": []}, random.Random(0)
+    for level, sizes in (("easy", {"test": 250, "warm start": 1400}), ("hard", {"test": 250, "warm start": 600})):
+        sums = [(a, b) for a in range(100) for b in range(a, 100)]
+        sums = [(a, b) for a, b in sums if (a % 10 + b % 10 < 10 and a // 10 + b // 10 < 10) == (level == "easy")]
+        shuffler.shuffle(sums)
+        filled = Counter()
+        for a, b in sums:
+            name = next((name for name, size in sizes.items() if filled[name] < size), "train")
+            for x, y in sorted({(a, b), (b, a)}):
+                filled[name] += 1
+                sets[name].append({"prompt": f"{x:02}"[::-1] + "+" + f"{y:02}"[::-1] + "=", "answer": f"{a + b:03}"[::-1], "level": level})
+    for rows in sets.values():
+        shuffler.shuffle(rows)
+    return sets[split]
+
+
+def warm_start(model, tokenizer, run, target=float(os.environ.get("WT","0.33")), batch_size=64, max_steps=1000):
+    """Supervised steps on the tiny model until its greedy accuracy on training prompts reaches `target`.
+
+    Makes it partly competent, as a pretrained model is: this is the reference policy, and all that follows learns from
+    the verifier's 0 or 1 alone.
+    """
+    started = time.time()
+    rows, probe = addition_rows("warm start"), addition_rows("train")
+    probe = [probe[i] for i in run.permutation(0, 1, len(probe))[:256]]
+    probe_prompts = tokenizer([row["prompt"] for row in probe]).input_ids
+    prompts = tokenizer([row["prompt"] for row in rows]).input_ids
+    answers = tokenizer([row["answer"] + tokenizer.eos_token for row in rows]).input_ids
+    sampler = Sampler(model, {tokenizer.eos_token_id}, 1.0, 5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    for step in range(max_steps):
+        if step % 10 == 0 and step >= 50:
+            texts = tokenizer.batch_decode(sampler.sample(probe_prompts, 1, None).completion_ids, skip_special_tokens=True)
+            accuracy = sum(text == row["answer"] for text, row in zip(texts, probe)) / len(probe)
+            if accuracy >= target:
+                break
+        chosen = run.permutation(step, 2, len(rows))[:batch_size].tolist()
+        batch = rollout_of([prompts[i] for i in chosen], [answers[i] for i in chosen], run.device)
+        optimizer.zero_grad()
+        (-completion_logprobs(model, batch, temperature=1.0).sum() / batch.lengths.sum()).backward()
+        optimizer.step()
+    run.say(f"warm start: {step} supervised steps in {time.time() - started:.1f} s, accuracy on training prompts {accuracy:.2f}")
+
+
+def check_model(run, model, sampler, tokenizer):
+    """Compare log-probs of sampler, trainer and transformers' own attention on random tokens, and say what was found.
+
+    Raises UserError for a model family where this project's flat row gives other log-probs than transformers.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    prompts = [(run.uniforms(0, 3, n) * vocabulary).long().tolist() for n in (5, 9)]
+    rollout = sampler.sample(prompts, 2, run.uniforms(0, 4, 4, sampler.C))
+    with torch.no_grad(), run.autocast():
+        ours = completion_logprobs(model, rollout, sampler.temperature)
+        model.set_attn_implementation("eager")
+        try:
+            for b in range(4):
+                n, prompt = int(rollout.lengths[b]), prompts[b // 2]
+                ids = torch.tensor([prompt + rollout.completion_ids[b, :n].tolist()], device=run.device)
+                logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / sampler.temperature
+                theirs = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+                gap = float((ours[b, :n] - theirs).abs().max())
+                if not gap < (1e-3 if run.compute_dtype == torch.float32 else 0.5):
+                    raise UserError(
+                        f"--model {run.args.model}: {type(model).__name__} has a cache, positions or head of a kind that "
+                        f"this project does not run (its log-probs differ by {gap:.2g} from those of transformers)"
+                    )
+        finally:
+            model.set_attn_implementation("flat_row")
+    gap = float((ours - rollout.sampler_logprobs).abs().max())
+    ends = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in sampler.end_ids.tolist())
+    run.say(f"end tokens: {ends}; sampler and trainer differ by at most {gap:.1e} in log-prob")
+    if gap > 0.5:
+        run.warn("sampler and trainer disagree: --dtype float32 makes them agree")
+
+
+# =============================================================================
+# Prompts
+# =============================================================================
+
+GSM8K_URL = (
+    "https://raw.githubusercontent.com/openai/grade-school-math/"
+    "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
+)
+GSM8K_SHA256 = {
+    "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+}
+
+
+@dataclass
+class Prompt:
+    ids: list[int]  # tokens, with the special tokens of the chat template or of the tokenizer
+    prompt: str | list[dict]  # what reward functions receive: the text, or the chat
+    columns: dict[str, Any]  # the row's other columns, passed to reward functions by name
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an exception on one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+
+
+def load_rows(
+    dataset: str, split: str, prompt_column: str = "prompt", answer_column: str = "answer"
+) -> list[dict]:
+    """Reads a dataset into rows that all have the same columns, "prompt" (text or chat) among them.
+
+    dataset: "addition", "gsm8k", a JSON-lines file (the whole file, whatever the split) or a hub
+    dataset "id" or "id:config". split: "train" or "test". The prompt and answer columns are copied
+    to "prompt" and "answer", over columns that had these names; the originals stay, so that a
+    reward function may use either name. A column that a row lacks is None.
+    Raises UserError naming file and line for anything that is not a prompt.
+    """
+    if dataset == "addition":
+        return addition_rows(split)
+    if dataset == "gsm8k":
+        prompt_column = "question" if prompt_column == "prompt" else prompt_column
+        source = read_jsonl(fetch_gsm8k(split))
+    elif dataset.endswith(".jsonl") or os.path.isfile(dataset):
+        source = read_jsonl(dataset)
+    else:
+        source = read_hub_dataset(dataset, split)
+    rows = []
+    for place, row in source:
+        if prompt_column not in row:
+            raise UserError(
+                f"{place}: no column '{prompt_column}' (it has {', '.join(row) or 'none'}); "
+                f"name the right one with --prompt-column"
+            )
+        check_prompt(row[prompt_column], place)
+        row = {**row, "prompt": row[prompt_column]}
+        if answer_column != "answer":
+            row["answer"] = row.get(answer_column)
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{dataset} holds no prompts")
+    if answer_column != "answer" and all(row["answer"] is None for row in rows):
+        raise UserError(f"{dataset}: no row has the column '{answer_column}' of --answer-column")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def check_prompt(prompt: Any, place: str):
+    """Raises UserError unless the prompt is a text or a chat with something in it."""
+    if isinstance(prompt, str):
+        texts = [prompt]
+    elif isinstance(prompt, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in prompt
+    ):
+        texts = [turn["content"] for turn in prompt]
+    else:
+        raise UserError(f'{place}: the prompt must be a text or a list of {{"role": text, "content": text}}')
+    if not "".join(texts).strip():
+        raise UserError(f"{place}: the prompt is empty")
+    # JSON can spell half a surrogate pair ("\ud800"), which no tokenizer takes.
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):
+        raise UserError(f"{place}: the prompt holds half of a surrogate pair, which is no character")
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yields ("file:line", object) for each line that is not blank; UserError names a broken one."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8-sig")  # an editor may have put a byte-order mark
+                    row = json.loads(text) if text.strip() else None
+                except UnicodeDecodeError:
+                    raise UserError(f"{path}:{number}: not UTF-8; save the file in that encoding") from None
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}:{number}: not JSON ({one_line(error)}); write one object a line") from None
+                if text.strip() and not isinstance(row, dict):
+                    raise UserError(f'{path}:{number}: not an object; write one {{"prompt": ...}} a line')
+                if row is not None:
+                    yield f"{path}:{number}", row
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def fetch_gsm8k(split: str) -> Path:
+    """The authors' file of GSM8K's split, fetched once into the Hugging Face cache folder."""
+    path = Path(huggingface_hub.constants.HF_HOME, "gsm8k", f"{split}.jsonl")
+    if path.exists():
+        if hashlib.sha256(path.read_bytes()).hexdigest() != GSM8K_SHA256[split]:
+            raise UserError(f"{path} is not GSM8K as its authors published it; delete it to fetch it again")
+        return path
+    # Behind a firewall that drops packets the default, no time limit, looks like a hang.
+    default_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"fetching GSM8K ({split}) to {path}", file=sys.stderr)
+        torch.hub.download_url_to_file(f"{GSM8K_URL}/{path.name}", str(path), hash_prefix=GSM8K_SHA256[split])
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise UserError(
+            f"could not fetch gsm8k ({one_line(error)}); "
+            f"put train.jsonl and test.jsonl of {GSM8K_URL} into {path.parent}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(default_timeout)
+    return path
+
+
+def read_hub_dataset(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
+    """Yields ("id row n", row) of a hub dataset "id" or "id:config", through the datasets library."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"dataset {dataset} is neither built in (addition, gsm8k) nor a file here; "
+            f"to read it from the Hugging Face hub: pip install datasets"
+        ) from None
+    name, _, config = dataset.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the library raises its own kinds for a wrong id, config or split, or no network
+        raise UserError(f"dataset {dataset}, split {split}: {one_line(error)}") from error
+    for number, row in enumerate(loaded):
+        yield f"{dataset} row {number}", dict(row)
+
+
+def tokenize_prompts(
+    rows: list[dict], tokenizer, system_prompt: str | None, max_prompt_tokens: int
+) -> tuple[list[Prompt], int]:
+    """Tokenises rows; returns the prompts and how many were dropped.
+
+    A prompt longer than max_prompt_tokens is dropped, never cut: a question without its end asks
+    something else. A chat, or a text with a system prompt, goes through the chat template (an empty
+    system prompt: the template without a system message); a chat's own system message wins.
+    Raises UserError for a template that is missing or refuses, and when nothing is left.
+    """
+    texts = [with_system_prompt(row["prompt"], system_prompt) for row in rows]
+    plain_ids = iter(text_ids([text for text in texts if isinstance(text, str)], tokenizer))
+    prompts = []
+    for row, prompt in zip(rows, texts):
+        ids = chat_ids(prompt, tokenizer) if isinstance(prompt, list) else next(plain_ids)
+        if not ids:
+            raise UserError(f"the prompt {str(prompt)[:60]!r} gives no tokens with this model's tokenizer")
+        prompts.append(Prompt(ids, prompt, {name: value for name, value in row.items() if name != "prompt"}))
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_tokens]
+    if not kept:
+        raise UserError(
+            f"every prompt is longer than --max-prompt-tokens {max_prompt_tokens}; "
+            f"the shortest has {min(len(prompt.ids) for prompt in prompts)} tokens"
+        )
+    return kept, len(prompts) - len(kept)
+
+
+def with_system_prompt(prompt: str | list[dict], system_prompt: str | None) -> str | list[dict]:
+    if system_prompt is None:
+        return prompt
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not system_prompt or chat[0]["role"] == "system":
+        return chat
+    return [{"role": "system", "content": system_prompt}, *chat]
+
+
+def chat_ids(chat: list[dict], tokenizer) -> list[int]:
+    """Tokens of a chat, up to where the assistant's reply begins (or goes on, if the chat ends with one)."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "this model's tokenizer has no chat template: leave --system-prompt out and give prompts as text, "
+            "or take a chat model"
+        )
+    begun = chat[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            chat, add_generation_prompt=not begun, continue_final_message=begun, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # templates refuse in their own words ("System role not supported")
+        raise UserError(f"the chat template refuses the prompt {str(chat)[:60]!r} ({one_line(error)})") from error
+
+
+def text_ids(texts: list[str], tokenizer) -> list[list[int]]:
+    """Tokens of texts with the tokenizer's own special tokens, but without an end token of its adding."""
+    all_ids = tokenizer(texts)["input_ids"] if texts else []
+    for i, (text, ids) in enumerate(zip(texts, all_ids)):
+        if ids and ids[-1] == tokenizer.eos_token_id:
+            # The model would be asked to go on after its own end. An end token that the text spells stays.
+            bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+            while ids and ids[-1] == tokenizer.eos_token_id and ids[-len(bare) :] != bare:
+                ids = ids[:-1]
+            all_ids[i] = ids
+    return all_ids
+
+
+def held_out_split(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """(training rows, evaluation rows): min(count, a tenth) by seeded choice, each side in file order.
+
+    With fewer than 10 rows there is nothing to hold out: the evaluation rows are training rows.
+    """
+    if len(rows) < 10:
+        return rows, rows[:count]
+    held = set(random.Random(seed).sample(range(len(rows)), min(count, len(rows) // 10)))
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def load_train_and_eval_rows(args) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and rows to evaluate on, never the same ones unless there are fewer than 10."""
+    rows = load_rows(args.dataset, "train", args.prompt_column, args.answer_column)
+    if args.eval_dataset or args.dataset in ("addition", "gsm8k"):
+        eval_rows = load_rows(args.eval_dataset or args.dataset, "test", args.prompt_column, args.answer_column)
+        return rows, eval_rows[: args.eval_prompts]
+    return held_out_split(rows, args.eval_prompts, args.seed)
+
+
+def tokenize_train_and_eval(args, run, tokenizer, train_rows, eval_rows) -> tuple[list["Prompt"], list["Prompt"]]:
+    train, dropped = tokenize_prompts(train_rows, tokenizer, args.system_prompt, args.max_prompt_tokens)
+    evaluation, eval_dropped = tokenize_prompts(eval_rows, tokenizer, args.system_prompt, args.max_prompt_tokens)
+    if dropped + eval_dropped:
+        run.warn(f"{dropped + eval_dropped} prompts of more than --max-prompt-tokens {args.max_prompt_tokens} were dropped")
+    return train, evaluation
+
+
+class PromptStream:
+    """Prompts without end: every epoch in a new order, each prompt once an epoch.
+
+    The order depends on the seed alone, so `position` (prompts taken so far) is all that a resumed
+    run needs to set.
+    """
+
+    def __init__(self, prompts: list[Prompt], seed: int, position: int = 0):
+        self.prompts, self.seed, self.position = prompts, seed, position
+        self._epoch, self._order = -1, []
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next n prompts; what an epoch lacks comes from the next one."""
+        batch = []
+        for _ in range(n):
+            epoch, offset = divmod(self.position, len(self.prompts))
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, list(range(len(self.prompts)))
+                random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
+            batch.append(self.prompts[self._order[offset]])
+            self.position += 1
+        return batch
+
+
+# ------------------------------------------------------------------------------------------------
+# Built-in rewards. Completions are the model's text: parsed, never executed, and every step is
+# linear in their length, for a policy under training writes anything at all.
+# ------------------------------------------------------------------------------------------------
+
+
+def completion_text(completion: str | list[dict]) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def exact_reward(completions, answer, **_) -> list[float | None]:
+    """1.0 if the completion is the answer, white space around both aside."""
+    return [
+        None if want is None else float(completion_text(got).strip() == str(want).strip())
+        for got, want in zip(completions, answer, strict=True)
+    ]
+
+
+# It begins with the digits, which keeps the search fast; SIGN looks at what stands before them: a
+# minus, unless it follows an operand (10-5), a currency sign before or after it, a leading point.
+NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:/([0-9]+))?")
+SIGN = re.compile(r"(?:(?<![\w)\]}%.])([-\u2212]))?(?:\\?[$€£¥₹]([-\u2212])?)?((?<![\w.])\.)?\Z")
+
+
+def gsm8k_number(text: str) -> Fraction | None:
+    r"""The number that a solution ends with, exactly; None if it has none.
+
+    Where it is looked for: inside the last \boxed{...} if there is one, else on the line after the
+    last ####, else anywhere. In the first two it is the first number after the last "=", so that a
+    unit may follow; anywhere means the last number of the text. Thousands separators, currency and
+    percent signs do not count, a/b and \frac{a}{b} are fractions; 42, 42.0 and \$42.00 are equal.
+    """
+    text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")  # TeX's spacing in 10{,}000
+    boxed = last_match(r"\\boxed\s*\{", text)
+    if boxed:
+        region = braced(text, boxed.end())
+    else:
+        region = text.rpartition("####")[2].strip().partition("\n")[0]
+    if boxed or "####" in text:
+        region = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", region.rpartition("=")[2])
+        found = NUMBER.search(region)
+    else:
+        found = last_match(NUMBER, text)
+    # A hundred digits are enough: Python refuses to convert thousands, and int() is quadratic.
+    if not found or len(found[0]) > 100 or (found[1] and int(found[1]) == 0):
+        return None
+    before = SIGN.search(found.string, max(0, found.start() - 5), found.start())
+    value = Fraction((before[3] or "") + found[0].partition("/")[0].replace(",", "")) / int(found[1] or 1)
+    return -value if before[1] or before[2] else value
+
+
+def last_match(pattern: str | re.Pattern, text: str) -> re.Match | None:
+    return next(iter(deque(re.finditer(pattern, text), maxlen=1)), None)
+
+
+def braced(text: str, start: int) -> str:
+    """What stands from start up to the brace that closes; nothing if none does within 1000 characters."""
+    depth = 1
+    for i, char in enumerate(text[start : start + 1000], start):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return text[start:i]
+    return ""
+
+
+def gsm8k_reward(completions, answer, **_) -> list[float | None]:
+    """1.0 if the completion ends with the answer's number; gsm8k_number tells where both are read."""
+    scores = []
+    for completion, want in zip(completions, answer, strict=True):
+        number = None if want is None else gsm8k_number(str(want))
+        if want is not None and number is None:
+            raise ValueError(f"no number in the answer {str(want)[:60]!r}")
+        scores.append(None if want is None else float(gsm8k_number(completion_text(completion)) == number))
+    return scores
+
+
+def countdown_reward(completions, target=None, nums=None, answer=None, numbers=None, **_) -> list[float | None]:
+    """1.0 for an equation that makes the target from the numbers, each used exactly once.
+
+    It is read inside the last <answer>...</answer>, else on the last line, and may end with
+    "= target". Columns: target (or answer) and nums (or numbers), a list of integers.
+    """
+    target, nums = target if target is not None else answer, nums if nums is not None else numbers
+    if target is None or nums is None:
+        raise ValueError("countdown needs the columns target (or answer) and nums (or numbers)")
+    scores = []
+    for completion, want, given in zip(completions, target, nums, strict=True):
+        if want is None or given is None:
+            scores.append(None)
+            continue
+        equation, equals, claim = countdown_equation(completion_text(completion)).partition("=")
+        made = arithmetic(equation, [int(number) for number in given]) == Fraction(want)
+        scores.append(float(made and (not equals or gsm8k_number(claim) == Fraction(want))))
+    return scores
+
+
+def countdown_equation(text: str) -> str:
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    text = text[start + len("<answer>") : end] if start >= 0 else text.strip().rpartition("\n")[2]
+    return text.translate({ord("×"): "*", ord("÷"): "/", ord("\u2212"): "-"}).strip().rstrip(".")
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def arithmetic(expression: str, given: list[int]) -> Fraction | None:
+    """Value of + - * / and parentheses over exactly the given integers; None for anything else."""
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant):  # an int: the characters admitted below spell no other
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        raise ValueError("not arithmetic")
+
+    if not re.fullmatch(r"[0-9+\-*/() ]{1,300}", expression):
+        return None
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+        literals = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        # Compared before anything is computed: from the given numbers alone nothing can grow.
+        return value(tree) if sorted(literals) == sorted(given) else None
+    except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
+        return None
+
+
+def format_reward(completions, **_) -> list[float]:
+    """1.0 if the completion is <think>...</think><answer>...</answer> and nothing else, else 0.0.
+
+    White space may stand around either block. The opening <think> may be missing, for some chat
+    templates end the prompt with it.
+    """
+    scores = []
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    for completion in completions:
+        text = completion_text(completion).strip()
+        found = re.findall(r"</?(?:think|answer)>", text)
+        in_order = (found == tags and text.startswith("<think>")) or found == tags[1:]
+        joined = text.partition("</think>")[2].lstrip().startswith("<answer>") and text.endswith("</answer>")
+        scores.append(float(in_order and joined))
+    return scores
+
+
+BUILTIN_REWARDS = {
+    "exact": exact_reward,
+    "gsm8k": gsm8k_reward,
+    "countdown": countdown_reward,
+    "format": format_reward,
+}
+
+
+# =============================================================================
+# Reward functions: loading, calling, checking
+# =============================================================================
+
+
+@dataclass
+class Reward:
+    name: str  # distinct within a run: it names the scalar in the log
+    function: Callable
+    weight: float = 1.0
+
+
+@dataclass
+class Scores:
+    total: Tensor  # (B,) float32, weighted sum over the functions that apply, NaN where none does
+    by_function: dict[str, Tensor]  # (B,) float32 each, unweighted, dense ones summed, NaN for None
+    # Only when a function returned lists: for each sample one weighted float a completion token,
+    # plain scores standing on the last one; None where no function applies.
+    dense: list[list[float] | None] | None
+    metrics: dict[str, float]  # what functions gave to log_metric(name, value)
+    extra: dict[str, list]  # what functions gave to log_extra(column, values)
+
+
+def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
+    """Rewards by name: a built-in one, or "file.py:function", whose file is executed once.
+
+    Raises UserError for a name, file or function that cannot be had, and for weights that do not
+    match in number.
+    """
+    if weights is not None and len(weights) != len(names):
+        raise UserError(f"--reward-weights has {len(weights)} numbers for {len(names)} rewards; give one each")
+    rewards, modules = [], {}
+    for i, name in enumerate(names):
+        path, colon, attribute = name.rpartition(":")
+        if name in BUILTIN_REWARDS:
+            function, attribute = BUILTIN_REWARDS[name], name
+        elif colon and path.endswith(".py"):
+            if path not in modules:
+                modules[path] = import_file(path)
+            function = getattr(modules[path], attribute, None)
+            if not callable(function):
+                raise UserError(f"reward {name}: {path} defines no function '{attribute}'")
+        else:
+            raise UserError(f"no reward '{name}': take {', '.join(BUILTIN_REWARDS)} or file.py:function")
+        taken = {reward.name for reward in rewards}
+        log_names = (attribute if n == 1 else f"{attribute}_{n}" for n in itertools.count(1))
+        log_name = next(candidate for candidate in log_names if candidate not in taken)
+        rewards.append(Reward(log_name, function, 1.0 if weights is None else weights[i]))
+    return rewards
+
+
+def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
+    """The rewards to train on, --reward and --reward-model, and the one that evaluation counts by."""
+    names = args.reward or ([] if args.reward_model else ["gsm8k" if args.dataset == "gsm8k" else "exact"])
+    weights = list(args.reward_weights) or [1.0] * (len(names) + bool(args.reward_model))
+    if len(weights) != len(names) + bool(args.reward_model):
+        raise UserError(f"--reward-weights has {len(weights)} numbers for {len(names) + bool(args.reward_model)} rewards; give one each")
+    rewards = load_rewards(names, weights[: len(names)])
+    if args.reward_model:
+        rewards.append(Reward("reward_model", load_reward_model(args, run), weights[-1]))
+    return rewards, load_rewards([args.eval_reward], None)[0] if args.eval_reward else rewards[0]
+
+
+def load_reward_model(args, run) -> Callable:
+    """A sequence-classification model with one label as a reward function; it may have a tokenizer of its own."""
+    tokenizer = load_tokenizer(args.reward_model, "--reward-model", args)
+    options = {"dtype": run.compute_dtype, "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(args.reward_model, **options).to(run.device).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(f"--reward-model {args.reward_model}: cannot be loaded: {first_line(error)}") from error
+    if model.config.num_labels != 1:
+        raise UserError(f"--reward-model {args.reward_model}: has {model.config.num_labels} labels; a reward is a single number")
+
+    def ids_of(prompt, completion):
+        if isinstance(prompt, str):
+            return tokenizer(prompt + completion).input_ids
+        return tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
+
+    @torch.no_grad()
+    def reward(prompts, completions, **_):
+        rows = [ids_of(prompt, completion) for prompt, completion in zip(prompts, completions)]
+        by_length = defaultdict(list)  # only equal lengths together: no padding, whichever token a class takes for it
+        for i, ids in enumerate(rows):
+            by_length[len(ids)].append(i)
+        scores = [0.0] * len(rows)
+        for same in by_length.values():
+            for some in (same[i : i + 32] for i in range(0, len(same), 32)):
+                logits = model(torch.tensor([rows[i] for i in some], device=run.device)).logits
+                for i, value in zip(some, logits[:, 0].tolist()):
+                    scores[i] = value
+        return scores
+
+    return reward
+
+
+def import_file(path: str):
+    """Executes a Python file as a module of its own; its folder joins the search path."""
+    if not os.path.isfile(path):
+        raise UserError(f"reward file {path} does not exist")
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: a data folder called "datasets" must not hide the library
+    name = f"reward_file_{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # SystemExit would end the run with the file's own status
+        place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else raised_at(error, path)
+        raise UserError(f"reward file {path} cannot be imported: {one_line(error)} at {place}") from error
+    return module
+
+
+def raised_at(error: BaseException, path: str | None) -> str:
+    """The file:line of the innermost frame in the file at path, else of the innermost one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if path and os.path.abspath(frame.filename) == os.path.abspath(path)]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}:{frame.lineno}"
+
+
+def check_rewards(rewards: list[Reward], columns: Iterable[str]):
+    """Raises UserError for a reward function that demands a column which the dataset lacks."""
+    given = {*columns, *CALL_ARGUMENTS}
+    for reward in rewards:
+        for parameter in parameters(reward.function):
+            if parameter.default is parameter.empty and parameter.kind in NAMED and parameter.name not in given:
+                raise UserError(
+                    f"reward {reward.name} needs a column '{parameter.name}', which the dataset lacks "
+                    f"(it has {', '.join(columns) or 'prompts only'})"
+                )
+
+
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+# Beside the columns. TRL's documentation spells one of them completions_ids, too.
+CALL_ARGUMENTS = (
+    "prompts", "completions", "completion_ids", "completions_ids", "trainer_state", "log_extra", "log_metric"
+)  # fmt: skip
+
+
+def parameters(function: Callable) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (ValueError, TypeError):  # a function in C may show none: it gets everything
+        return [inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)]
+
+
+def score(
+    rewards: list[Reward],
+    prompts: list[Prompt],
+    completions: list[str],
+    completion_ids: list[list[int]],
+    timeout: float = 0,
+    trainer_state: Any = None,
+) -> Scores:
+    """Calls every reward function once on the B samples, with TRL's keyword arguments.
+
+    prompts, completions, completion_ids: length B each. timeout: seconds that one call may take, 0
+    for no limit. trainer_state: handed through (TRL's users read its global_step).
+    Raises UserError naming the function, and the sample where there is one, for an exception, a
+    wrong number of scores, a score that is no finite number, a dense list of the wrong length.
+    """
+    metrics, extra = {}, {}
+    columns = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+    check_rewards(rewards, columns)
+    inputs = {name: [prompt.columns.get(name) for prompt in prompts] for name in columns}
+    inputs["prompts"] = [prompt.prompt for prompt in prompts]
+    inputs["completions"] = [
+        text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+    inputs["completion_ids"] = inputs["completions_ids"] = completion_ids
+    inputs |= {"trainer_state": trainer_state, "log_extra": extra.__setitem__, "log_metric": metrics.__setitem__}
+    returned = {
+        reward.name: checked_scores(reward.name, call_reward(reward, inputs, timeout), completion_ids)
+        for reward in rewards
+    }
+    by_function = {
+        name: torch.tensor([math.nan if v is None else float(sum(v) if isinstance(v, list) else v) for v in values])
+        for name, values in returned.items()
+    }
+    weights = {reward.name: reward.weight for reward in rewards}
+    weighted = torch.stack([weights[name] * values for name, values in by_function.items()])  # (functions, B)
+    total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), math.nan)
+    return Scores(total, by_function, dense_scores(weights, returned, completion_ids), metrics, extra)
+
+
+def dense_scores(
+    weights: dict[str, float], returned: dict[str, list], completion_ids: list[list[int]]
+) -> list[list[float] | None] | None:
+    """Weighted sum of what the functions returned, a float a token; None if they returned no list."""
+    if not any(isinstance(value, list) for values in returned.values() for value in values):
+        return None
+    samples: list[list[float] | None] = [None] * len(completion_ids)
+    for name, values in returned.items():
+        for i, value in enumerate(values):
+            length = len(completion_ids[i])
+            steps = value if isinstance(value, list) else [0.0] * (length - 1) + [value]
+            if value is not None:
+                samples[i] = [a + weights[name] * b for a, b in zip(samples[i] or [0.0] * length, steps, strict=False)]
+    return samples
+
+
+def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
+    """The function's own return value, given what its signature takes of the inputs."""
+    expected = parameters(reward.function)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in expected):
+        names = {parameter.name for parameter in expected}
+        inputs = {name: value for name, value in inputs.items() if name in names}
+    # Lists are copied, so that a function which sorts or pops does not spoil the next one's.
+    inputs = {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
+
+    async def awaited(result):
+        return await result
+
+    try:
+        with time_limit(timeout):
+            result = reward.function(**inputs)
+            return asyncio.run(awaited(result)) if inspect.isawaitable(result) else result
+    except RewardTimeout:
+        raise UserError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} seconds") from None
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        module = sys.modules.get(getattr(reward.function, "__module__", None))
+        place = raised_at(error, getattr(module, "__file__", None))
+        raise UserError(f"reward {reward.name} raised {one_line(error)} at {place}") from error
+
+
+class RewardTimeout(BaseException):
+    """Not an Exception, so that a reward function's own "except Exception" does not swallow it."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """Raises RewardTimeout in the block after so many seconds; 0: never.
+
+    Signals reach the main thread only: elsewhere, and on Windows, there is no limit. A function
+    that sets an alarm of its own (math_verify does) takes this one's place.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if seconds <= 0 or not in_main or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def expire(signum, frame):
+        raise RewardTimeout
+
+    handler = signal.signal(signal.SIGALRM, expire)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def checked_scores(name: str, result: Any, completion_ids: list[list[int]]) -> list[float | list[float] | None]:
+    """A reward function's result as B numbers, lists of numbers (one a completion token) or None."""
+    result = plain(result)
+    if not isinstance(result, list):
+        raise UserError(f"reward {name} returned {type(result).__name__}, not a list of numbers")
+    if len(result) != len(completion_ids):
+        raise UserError(f"reward {name} returned {len(result)} scores for {len(completion_ids)} completions")
+    for i, value in enumerate(result):
+        if isinstance(value, list) and len(value) != len(completion_ids[i]):
+            tokens = len(completion_ids[i])
+            raise UserError(f"reward {name} gave sample {i} {len(value)} scores for {tokens} completion tokens")
+        for number in value if isinstance(value, list) else [value]:
+            if number is None and value is None:
+                continue
+            if not isinstance(number, numbers.Real):
+                raise UserError(f"reward {name} gave sample {i} {number!r:.40}, which is not a number")
+            if not abs(number) <= torch.finfo(torch.float32).max:  # NaN fails every comparison
+                raise UserError(f"reward {name} gave sample {i} {number!r:.40}, which is not finite")
+    return result
+
+
+def plain(value: Any) -> Any:
+    """numpy's and torch's arrays and numbers as Python's."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# =============================================================================
+# Evaluation and statistics
+# =============================================================================
+
+
+def decode(tokenizer, rollout: Rollout) -> tuple[list[str], list[list[int]]]:
+    """Texts of the completions, without special tokens, and their token ids, end token included."""
+    ids = [row[:n] for row, n in zip(rollout.completion_ids.tolist(), rollout.lengths.tolist())]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True), ids
+
+
+def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
+    """Greedy accuracy on `prompts`: the share of completions that `reward` gives at least 1.
+
+    Where prompts have a column "level", also the accuracy of each level. With --eval-samples n also pass@k for
+    k = 1, 2, 4, ..., n, unbiased, from n samples a prompt at the training temperature.
+    """
+    n, means, mine = run.args.eval_samples, Means(), prompts[run.rank :: run.world]
+
+    def count_correct(some, copies, uniforms):
+        rollout = sampler.sample([prompt.ids for prompt in some], copies, uniforms)
+        repeated = [prompt for prompt in some for _ in range(copies)]
+        result = score([reward], repeated, *decode(tokenizer, rollout), run.args.reward_timeout)
+        return (result.total >= 1).view(-1, copies).sum(dim=1).tolist()
+
+    size = max(256 // max(n, 1), 1)
+    for start in run.progress(range(0, len(mine), size), desc="evaluation", leave=False, delay=3):
+        some = mine[start : start + size]
+        for prompt, correct in zip(some, count_correct(some, 1, None)):
+            means.add("eval/accuracy", correct)
+            if "level" in prompt.columns:
+                means.add(f"eval/accuracy_{prompt.columns['level']}", correct)
+        if n:
+            uniforms = run.uniforms(start * run.world + run.rank, 5, len(some) * n, sampler.C)
+            for correct in count_correct(some, n, uniforms):
+                for k in sorted({n} | {2**i for i in range(n.bit_length())}):
+                    means.add(f"eval/pass@{k}", pass_at_k(n, correct, k))
+    return means.reduce(run)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that k of n samples, `correct` of them right, hold a right one: 1 - C(n - c, k) / C(n, k), arXiv:2107.03374."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x over the mask, of one shape; 0 where the mask is empty."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+class Means:
+    """Means of named numbers over all micro-batches and processes; sums stay on the device until they are asked for."""
+
+    def __init__(self):
+        self.sums = defaultdict(lambda: 0.0)  # name -> (sum, count)
+
+    def add(self, name: str, x, mask: Tensor | None = None):
+        """Count the numbers x (those under the mask, of the same shape), each with the same weight."""
+        x = torch.as_tensor(x, dtype=torch.float32).detach()
+        mask = torch.ones_like(x) if mask is None else mask.float()
+        self.sums[name] = self.sums[name] + torch.stack([(x * mask).sum(), mask.sum()])
+
+    def reduce(self, run) -> dict[str, float]:
+        sums = {name: pair.tolist() for name, pair in self.sums.items()}
+        if run.world > 1:
+            parts = [None] * run.world
+            dist.all_gather_object(parts, sums)
+            names = dict.fromkeys(name for part in parts for name in part)
+            sums = {name: [sum(part.get(name, (0, 0))[i] for part in parts) for i in (0, 1)] for name in names}
+        return {name: total / max(count, 1) for name, (total, count) in sums.items()}
+
+
+def micro_batches(rollout: Rollout, budget: int) -> list[Tensor]:
+    """Split the sequences of `rollout`, in order, into parts of at most `budget` tokens (or one sequence): CPU indices.
+
+    A prompt counts once in each part.
+    """
+    parts, tokens, seen = [[]], 0, set()
+    prompts, prompt_lengths, lengths = (x.tolist() for x in (rollout.prompt_index, rollout.prompt_lengths, rollout.lengths))
+    for row in range(len(rollout)):
+        cost = lengths[row] + (0 if prompts[row] in seen else prompt_lengths[row])
+        if parts[-1] and tokens + cost > budget:
+            parts.append([])
+            tokens, seen, cost = 0, set(), lengths[row] + prompt_lengths[row]
+        parts[-1].append(row)
+        seen.add(prompts[row])
+        tokens += cost
+    return [torch.tensor(part) for part in parts]
+
+
+def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
+    """`function(micro_batch)`, a (b, C') tensor, for all of `rollout` without gradients: (B, C), 0 outside the mask."""
+    def whole():
+        table = torch.zeros(rollout.completion_ids.shape, device=run.device)
+        for rows in micro_batches(rollout, run.micro_batch_tokens):
+            part = function(rollout.select(rows))
+            table[rows[0] : rows[-1] + 1, : part.shape[1]] = part
+        return table
+
+    with torch.no_grad(), run.autocast():
+        return with_less_memory(run, whole)
+
+
+def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer):
+    """Gradients of the sum of `loss_of(micro_batch)` over all micro-batches of `rollout`."""
+    def whole():
+        optimizer.zero_grad(set_to_none=True)
+        for rows in micro_batches(rollout, run.micro_batch_tokens):
+            with run.autocast():
+                loss = loss_of(rollout.select(rows))
+            loss.backward()
+
+    with_less_memory(run, whole)
+
+
+def with_less_memory(run, function):
+    """Call `function`; after running out of GPU memory once more with micro-batches of half the size."""
+    while True:
+        try:
+            return function()
+        except torch.cuda.OutOfMemoryError:
+            if run.micro_batch_tokens < 64:
+                raise UserError("out of GPU memory: take fewer --prompts-per-step or --max-new-tokens, or --gradient-checkpointing") from None
+        torch.cuda.empty_cache()
+        run.micro_batch_tokens //= 2
+        run.warn(f"out of GPU memory: going on with --micro-batch-tokens {run.micro_batch_tokens}")
+
+
+def learning_rate(args, step: int) -> float:
+    """Share of the peak learning rate: linear warm-up over --warmup-steps, then linear decay towards 0."""
+    warmup = min(step / (args.warmup_steps + 1), 1.0)
+    return warmup * min((args.steps + 1 - step) / max(args.steps - args.warmup_steps, 1), 1.0)
+
+
+def set_learning_rate(optimizer, share: float):
+    """Set every parameter group's learning rate to a share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group.setdefault("peak_lr", group["lr"])
+
+
+def clip_and_step(run, models: list[nn.Module], optimizer) -> Tensor:
+    """Clip the gradient norm and take the optimiser's step, unless the gradient is not finite; returns the norm."""
+    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm) for model in models]
+    if all(norm.isfinite() for norm in norms):
+        optimizer.step()
+        run.skipped_updates = 0
+    else:
+        run.skipped_updates += 1
+        run.warn("the gradient is not finite: this update is skipped")
+        if run.skipped_updates == 5:
+            raise UserError("5 gradients in a row were not finite: try a lower --learning-rate, or --dtype float32")
+    return norms[0]
+
+
+def logprobs_without_gradient(run, model, rollout: Rollout) -> Tensor:
+    """`completion_logprobs` of a whole rollout: (B, C)."""
+    return in_micro_batches(run, lambda batch: completion_logprobs(model, batch, run.args.temperature), rollout)
+
+
+def dense_table(dense: list[list[float] | None], rollout: Rollout) -> Tensor:
+    """Rewards given token by token, as a (B, C) tensor; 0 where there is none."""
+    table = torch.zeros(rollout.completion_ids.shape)
+    for row, values in zip(table, dense):
+        row[: len(values or [])] = torch.tensor(values or [])
+    return table.to(rollout.completion_ids.device)
+
+
+def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means) -> dict[str, float]:
+    """What both scripts log of a step, with what the script itself has put into `means`."""
+    valid = ~scores.total.isnan()
+    means.add("reward/mean", scores.total.nan_to_num(0), valid)
+    means.add("reward_square", scores.total.nan_to_num(0).square(), valid)
+    for name, values in scores.by_function.items():
+        means.add(f"reward/{name}", values.nan_to_num(0), ~values.isnan())
+    means.add("completions/mean_length", rollout.lengths)
+    means.add("completions/truncated_ratio", rollout.truncated)
+    metrics = means.reduce(run)
+    metrics["reward/std"] = max(metrics.pop("reward_square") - metrics["reward/mean"] ** 2, 0.0) ** 0.5
+    tokens, seconds = run.sum(rollout.lengths.sum())[0], sum(run.seconds.values())
+    metrics |= {f"perf/{phase}_seconds": value for phase, value in run.seconds.items()}
+    metrics["perf/tokens_per_second"] = float(tokens) / seconds
+    if run.device.type == "cuda":
+        metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        metrics["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return metrics
+
+
+# =============================================================================
+# Checkpoints and the final model
+# =============================================================================
+
+
+def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "PromptStream", state: dict[str, Any]):
+    """Write `checkpoints/step-…` of the run's folder: complete or not at all. Models as safetensors, the rest as state.pt."""
+    folder = run.folder / "checkpoints" / f"step-{state['step']:06}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    if run.rank == 0:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, model in models.items():
+                safetensors.torch.save_model(model, str(partial / f"{name}.safetensors"))
+            extra = {"random": random.getstate(), "torch_random": torch.get_rng_state(), "position": prompts.position}
+            torch.save({"state": state, "optimizer": optimizer.state_dict(), **extra}, partial / "state.pt")
+            digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
+            (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
+            for path in partial.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"--output-dir {run.folder}: the checkpoint of step {state['step']} cannot be written: {first_line(error)}") from error
+        for old in sorted(folder.parent.glob("step-*"))[: -run.args.keep_checkpoints]:
+            shutil.rmtree(old)
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+
+
+def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "PromptStream") -> dict[str, Any]:
+    """Load the newest undamaged checkpoint of --resume; returns the state that `save_checkpoint` got."""
+    folders = sorted((Path(run.args.resume) / "checkpoints").glob("step-*"), reverse=True)
+    for folder in folders:
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            damaged = [name for name, digest in manifest.items() if file_digest(folder / name) != digest]
+            if damaged:
+                raise ValueError(f"{damaged[0]} is not what was written")
+        except (OSError, ValueError) as error:
+            run.warn(f"{folder} is damaged ({first_line(error)}); taking the one before")
+            continue
+        for name, model in models.items():
+            safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"), device=str(run.device))
+        saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        random.setstate(saved["random"]), torch.set_rng_state(saved["torch_random"])
+        optimizer.load_state_dict(saved["optimizer"])
+        prompts.position = saved["position"]
+        run.say(f"resuming after step {saved['state']['step']} from {folder}")
+        return saved["state"]
+    raise UserError(f"--resume {run.args.resume}: no undamaged checkpoint there (--save-every writes them)")
+
+
+def save_final(run, model, tokenizer):
+    """`final/` of the run's folder, which AutoModelForCausalLM and AutoTokenizer load."""
+    if run.rank == 0:
+        model.save_pretrained(run.folder / "final")
+        tokenizer.save_pretrained(run.folder / "final")
+
+
+def read_json(path, flag_name):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag_name}: {path} cannot be read: {first_line(error)}") from error

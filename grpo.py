@@ -1,0 +1,298 @@
+"""Group Relative Policy Optimization (GRPO) for language models, in one file.
+
+The policy answers each prompt G times. An answer's advantage is its score compared with the other answers to the same
+prompt, so no value network is needed. A clipped surrogate keeps each update small, and a KL term keeps the policy near
+the frozen reference model it started from.
+
+    python grpo.py                                                                  # tiny model, about a minute, no GPU
+    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --group-size 8
+    python grpo.py --model DIR --dataset prompts.jsonl --reward rewards.py:correct --reward rewards.py:format
+
+Papers: GRPO arXiv:2402.03300 (DeepSeekMath); Dr. GRPO arXiv:2503.20783; DAPO arXiv:2503.14476; GSPO arXiv:2507.18071;
+CISPO arXiv:2506.13585; KL estimators: Schulman, "Approximating KL divergence" (2020).
+
+Where this differs from the papers:
+ 1. Standard deviations are sample ones (divided by G - 1), as in DeepSeek's successors, and have 1e-4 added.
+ 2. With one update a rollout the old policy is the current one: no pass is made for its log-probs.
+ 3. The learning rate decays linearly to 0.
+
+Letters: N prompts a step, G completions a prompt, B = N G sequences, P prompt tokens, C completion tokens.
+Column t of every (B, C) tensor is completion token t.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import common
+from common import flag
+
+
+@dataclass
+class Args:
+    # Model and data
+    model: str = flag("tiny", "tiny (built in), a hub id, or a directory")
+    dataset: str = flag(tiny="addition", real="gsm8k", help="addition, gsm8k, a .jsonl file, or a hub dataset id[:config]")
+    eval_dataset: str | None = flag(help="as --dataset, for evaluation (default: a held-out part of the dataset)")
+    prompt_column: str = flag("prompt", "column of the prompt, a text or a chat")
+    answer_column: str = flag("answer", "column that the built-in rewards compare with")
+    system_prompt: str | None = flag(help="put before every prompt, through the chat template")
+    trust_remote_code: bool = flag(False, "let a hub model run its own code on this machine")
+    # Reward
+    reward: list[str] = flag([], "exact, gsm8k, countdown, format, or file.py:function; may be repeated")
+    reward_weights: list[float] = flag([], "one number for each --reward")
+    reward_model: str | None = flag(help="a sequence-classification model, added to the rewards")
+    reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
+    # Sampling
+    steps: int = flag(tiny=250, real=500, help="rollouts", at_least=1)
+    prompts_per_step: int = flag(32, "N, over all processes", at_least=1)
+    group_size: int = flag(8, "G, completions of each prompt", at_least=2)
+    max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
+    max_new_tokens: int = flag(tiny=5, real=512, help="C at most", at_least=1)
+    temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
+    # Algorithm
+    loss: str = flag("grpo", "which of the family", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
+    scale_rewards: bool | None = flag(help="divide advantages by the group's standard deviation (default: as the paper of --loss)")
+    clip_low: float | None = flag(help="the ratio counts from 1 - this; inf: no clip (default: as the paper of --loss)", at_least=0)
+    clip_high: float | None = flag(help="the ratio counts up to 1 + this; inf: no clip (default: as the paper of --loss)", at_least=0)
+    kl_coef: float = flag(tiny=0.001, real=0.001, help="beta, weight of the KL to the reference; 0: no reference model", at_least=0)
+    kl_estimator: str = flag("k3", "of the KL to the reference", choices=["k1", "k2", "k3"])
+    update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
+    num_minibatches: int = flag(tiny=2, real=1, help="optimiser steps a pass", at_least=1)
+    # Optimisation
+    learning_rate: float = flag(tiny=1.5e-3, real=1e-6, help="at its peak", above=0)
+    warmup_steps: int = flag(tiny=40, real=10, help="of linear warm-up", at_least=0)
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
+    micro_batch_tokens: int = flag(16384, "tokens in one forward and backward pass; bounds memory", at_least=1)
+    gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
+    dtype: str | None = flag(help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"])
+    device: str | None = flag(help="cuda, mps or cpu (default: the first of these that is there)")
+    seed: int = flag(1, "of everything random", at_least=0)
+    # Evaluation, logging, checkpoints
+    eval_every: int = flag(50, "steps between evaluations; 0: only before and after", at_least=0)
+    eval_prompts: int = flag(500, "held-out prompts at most", at_least=1)
+    eval_samples: int = flag(0, "n samples a prompt for pass@k, k = 1, 2, 4, ..., n; 0: greedy accuracy only", at_least=0)
+    eval_reward: str | None = flag(help="what evaluation counts as right where it gives 1 (default: the first --reward)")
+    save_every: int = flag(0, "steps between checkpoints; 0: none", at_least=0)
+    keep_checkpoints: int = flag(2, "checkpoints kept", at_least=1)
+    output_dir: str | None = flag(help="the run's folder (default: a new one under runs/)")
+    resume: str | None = flag(help="the folder of a run to go on with")
+    log_samples: int = flag(4, "completions in the table of samples", at_least=0)
+
+
+# The defaults that come with --loss, from its paper: clip_low, clip_high, scale_rewards.
+LOSS_DEFAULTS = {
+    "grpo": (0.2, 0.2, True),
+    "dr_grpo": (0.2, 0.2, False),
+    "dapo": (0.2, 0.28, True),
+    "gspo": (3e-4, 4e-4, True),
+    "cispo": (math.inf, 0.2, True),
+}
+
+
+# =============================================================================
+# The mathematics
+# =============================================================================
+
+
+def group_advantages(scores: Tensor, group_size: int, scale: bool = True) -> Tensor:
+    """How much better each completion is than the other answers to its prompt: scores (B,) -> advantages (B, 1).
+
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4) within the group, section 4.1.2 of arXiv:2402.03300; without `scale` only
+    r_i - mean(r), arXiv:2503.20783. A completion without a score (NaN) is left out and gets 0.
+    """
+    groups = scores.view(-1, group_size)  # (N, G)
+    valid = ~groups.isnan()
+    count = valid.sum(dim=1, keepdim=True)
+    mean = groups.nansum(dim=1, keepdim=True) / count.clamp(min=1)
+    centered = torch.where(valid, groups - mean, 0.0)
+    if scale:
+        centered = centered / ((centered.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
+    # Equal scores give exactly 0: the mean of eight times 0.1 is not 0.1 in floating point.
+    spread = groups.nan_to_num(-math.inf).amax(1, keepdim=True) - groups.nan_to_num(math.inf).amin(1, keepdim=True)
+    return torch.where(spread > 0, centered, 0.0).view(-1, 1)
+
+
+def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, per_sequence: bool) -> Tensor:
+    """rho = pi / pi_old of each token (B, C), or of each sequence, exp(mean_t log rho), eq. 7 of arXiv:2507.18071, (B, 1)."""
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
+    if per_sequence:
+        log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return log_ratio.exp()
+
+
+def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), eq. 7 of arXiv:1707.06347: (B, C)."""
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def cispo_loss(ratio: Tensor, advantages: Tensor, logprobs: Tensor, clip_high: float) -> Tensor:
+    """-stopgrad(min(rho, 1 + eps_high)) A log pi, eq. 4 of arXiv:2506.13585: clips the weight, never the gradient: (B, C)."""
+    return -ratio.clamp(max=1 + clip_high).detach() * advantages * logprobs
+
+
+def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
+    """Estimate of KL(pi || pi_ref) at each sampled token, (B, C): k1 is unbiased, k3 also never negative and less noisy."""
+    k1 = (logprobs - ref_logprobs).clamp(-20, 20)
+    if estimator == "k1":
+        return k1
+    return k1.square() / 2 if estimator == "k2" else torch.exp(-k1) + k1 - 1  # eq. 4 of arXiv:2402.03300
+
+
+def token_weights(loss: str, mask: Tensor, sequences: float, tokens: float, max_new_tokens: int) -> Tensor:
+    """The weight (B, C) of each token's loss in the sum that is the loss of an optimiser step.
+
+    `sequences` and `tokens` count all valid ones of the step, in every micro-batch and process, so that how they are
+    split changes nothing.
+    """
+    if loss == "dr_grpo":  # divided by a constant, section 3.1 of arXiv:2503.20783
+        return mask / (sequences * max_new_tokens)
+    if loss in ("dapo", "cispo"):  # every token counts the same, eq. 8 of arXiv:2503.14476
+        return mask / tokens
+    return mask / (mask.sum(1, keepdim=True).clamp(min=1) * sequences)  # mean over sequences of the mean over tokens
+
+
+def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Where the clip binds, so that a token gets no gradient: (B, C) of 0 and 1."""
+    return (((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))).float()
+
+
+def process_advantages(step_rewards: Tensor, group_size: int) -> Tensor:
+    """Process supervision, section 4.1.3 of arXiv:2402.03300: step_rewards (B, C), 0 where no step ends -> advantages (B, C).
+
+    All step rewards of a group are normalised by their mean and standard deviation; a token's advantage is the sum of
+    those of the steps that end at it or after it.
+    """
+    groups = step_rewards.view(-1, group_size * step_rewards.shape[1])  # (N, G C)
+    is_step = groups != 0
+    count = is_step.sum(dim=1, keepdim=True)
+    mean = groups.sum(dim=1, keepdim=True) / count.clamp(min=1)
+    centered = torch.where(is_step, groups - mean, 0.0)
+    std = (centered.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    equal = torch.where(is_step, groups, math.inf).amin(1) == torch.where(is_step, groups, -math.inf).amax(1)
+    normalised = torch.where(equal[:, None], 0.0, centered / (std + 1e-4)).view_as(step_rewards)
+    return normalised.flip(1).cumsum(1).flip(1)
+
+
+# =============================================================================
+# Training
+# =============================================================================
+
+
+def main(args: Args) -> int:
+    default_low, default_high, default_scale = LOSS_DEFAULTS[args.loss]
+    args.clip_low = default_low if args.clip_low is None else args.clip_low
+    args.clip_high = default_high if args.clip_high is None else args.clip_high
+    args.scale_rewards = default_scale if args.scale_rewards is None else args.scale_rewards
+
+    # ---- Set-up: what can be wrong without a model is found before one loads ----
+    run = common.Run(args, "grpo")
+    N, G = args.prompts_per_step // run.world, args.group_size  # of this process
+    if args.num_minibatches > N:
+        raise common.UserError(f"--num-minibatches {args.num_minibatches} is more than the {N} prompts of a step and process")
+    rewards, eval_reward = common.load_all_rewards(args, run)
+    train_rows, eval_rows = common.load_train_and_eval_rows(args)
+    policy, tokenizer, end_ids = common.load_policy(args, run)
+    train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, train_rows, eval_rows)
+    prompts = common.PromptStream(train_prompts, args.seed)
+    reference = common.frozen_copy(policy, run.compute_dtype) if args.kl_coef > 0 else None
+    sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    models = {"policy": policy} | ({"reference": reference} if reference else {})
+    state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0}
+    run.open_folder(state["step"])
+    common.check_model(run, policy, sampler, tokenizer)
+    if not args.resume:
+        metrics = common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
+        run.log(0, metrics)
+        state["accuracy_before"] = metrics["eval/accuracy"]
+
+    for step in run.steps(state["step"] + 1):
+        means = common.Means()
+
+        # ---- Rollout: G completions of each of N prompts ----
+        with run.timer("rollout"):
+            sampler.refresh(policy)
+            step_prompts = [prompt for prompt in run.share(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
+            uniforms = run.share(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
+            rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
+            texts, token_ids = common.decode(tokenizer, rollout)
+
+        # ---- Reward: the only thing that the policy learns from ----
+        with run.timer("reward"):
+            scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
+            rollout.scores = scores.total.to(run.device)  # (B,)
+            rollout.leave_out(scores.total.isnan())
+
+        # ---- Advantage: better or worse than the rest of the group ----
+        if scores.dense is None:
+            rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards)  # (B, 1)
+        else:
+            rollout.advantages = process_advantages(common.dense_table(scores.dense, rollout), G)  # (B, C)
+
+        # ---- Reference: log-probs of the same tokens under the frozen model ----
+        with run.timer("reference"):
+            if reference is not None:
+                rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
+
+        # ---- Update: several epochs of minibatches, each one optimiser step ----
+        with run.timer("update"):
+            if args.update_epochs * args.num_minibatches > 1:  # else the policy is still the one that sampled
+                exact = sampler.is_exact
+                rollout.old_logprobs = rollout.sampler_logprobs if exact else common.logprobs_without_gradient(run, policy, rollout)
+            lr = common.learning_rate(args, step)
+            common.set_learning_rate(optimizer, lr)
+            for epoch in range(args.update_epochs):
+                order = run.permutation(step * args.update_epochs + epoch, 1, N)
+                for groups in order.tensor_split(args.num_minibatches):  # a group stays together: its prompt runs once
+                    minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
+                    sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
+
+                    def loss_of(batch: common.Rollout) -> Tensor:
+                        mask = batch.completion_mask  # (b, C)
+                        logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
+                        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+                        ratio = policy_ratio(logprobs, old_logprobs, mask, per_sequence=args.loss == "gspo")
+                        if args.loss == "cispo":
+                            loss = cispo_loss(ratio, batch.advantages, logprobs, args.clip_high)
+                        else:
+                            loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
+                        if reference is not None:
+                            kl = kl_to_reference(logprobs, batch.ref_logprobs, args.kl_estimator)
+                            means.add("losses/kl_loss", kl, mask)
+                            loss = loss + args.kl_coef * kl
+                        means.add("losses/policy_loss", loss, mask)
+                        means.add("losses/entropy", entropy, mask)
+                        means.add("losses/approx_kl", kl_to_reference(old_logprobs, logprobs), mask)
+                        means.add("losses/clipfrac", is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high), mask)
+                        return (loss * token_weights(args.loss, mask, sequences, tokens, args.max_new_tokens)).sum()
+
+                    common.accumulate_gradients(run, loss_of, minibatch, optimizer)
+                    means.add("losses/grad_norm", common.clip_and_step(run, [policy], optimizer))
+
+        # ---- Log, evaluate, save ----
+        means.add("reward/frac_zero_std", rollout.advantages.view(N, -1).abs().amax(dim=1) == 0)
+        if reference is not None:
+            means.add("objective/kl", kl_to_reference(rollout.sampler_logprobs, rollout.ref_logprobs), rollout.completion_mask)
+            means.add("objective/kl_seq", kl_to_reference(rollout.sampler_logprobs, rollout.ref_logprobs, "k1").sum(dim=1))
+        metrics = common.step_metrics(run, rollout, scores, means) | {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr * args.learning_rate}
+        if args.eval_every and step % args.eval_every == 0 or step == args.steps:
+            sampler.refresh(policy)
+            metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
+        run.log(step, metrics)
+        run.log_samples(step, step_prompts, texts, rollout.scores)
+        state |= {"step": step, "accuracy": metrics.get("eval/accuracy")}
+        stopped = run.must_stop()
+        if stopped or (args.save_every and step % args.save_every == 0):
+            common.save_checkpoint(run, models, optimizer, prompts, state)
+        if stopped:
+            return run.say_stopped(step)
+
+    common.save_final(run, policy, tokenizer)
+    return run.say_done(state)
+
+
+if __name__ == "__main__":
+    common.run_script(main, Args)

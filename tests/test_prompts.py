@@ -1,0 +1,303 @@
+"""Datasets, tokenised prompts, the held-out split and the order of prompts."""
+
+import hashlib
+import json
+import sys
+import types
+
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import common
+
+CHAT = [{"role": "user", "content": "hi"}]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last or m.role != 'assistant' %};{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tokenizer(prefix="", suffix="", template=None):
+    """A character tokenizer that puts special tokens around a text: "[B]" (bos), "[E]" (end)."""
+    characters = sorted(set("abcdefghijklmnopqrstuvwxyz<>;0123456789 "))
+    vocabulary = {token: i for i, token in enumerate(["[B]", "[E]", "[U]", *characters])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[U]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{prefix} $A {suffix}".strip(), special_tokens=[("[B]", 0), ("[E]", 1)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="[B]", eos_token="[E]", unk_token="[U]"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return str(path)
+
+
+# ---------------------------------------------------------------- JSON lines
+
+
+def test_jsonl_keeps_columns_skips_blank_lines_and_fills_absent_columns(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": 1, "level": "x"}, "", "  ", {"prompt": CHAT, "z": 0})
+    assert common.load_rows(path, "train") == [
+        {"prompt": "p", "answer": 1, "level": "x", "z": None},
+        {"prompt": CHAT, "answer": None, "level": None, "z": 0},
+    ]
+
+
+def test_jsonl_accepts_byte_order_mark_crlf_and_any_ending(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "p"}\r\n{"prompt": "q"}')
+    assert [row["prompt"] for row in common.load_rows(str(path), "test")] == ["p", "q"]
+
+
+def test_columns_are_copied_over_prompt_and_answer(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"question": "q", "gold": "g", "prompt": 5, "answer": "other"})
+    [row] = common.load_rows(path, "train", "question", "gold")
+    assert row == {"question": "q", "gold": "g", "prompt": "q", "answer": "g"}
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("{", "not JSON"),
+        ('{"prompt": "p"} x', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"prompt": 1' + "0" * 5000 + "}", "not JSON"),
+        ("[1]", "not an object"),
+        ("null", "not an object"),
+        ("0", "not an object"),
+        ({"text": "p"}, "no column 'prompt' (it has text)"),
+        ("{}", "no column 'prompt' (it has none)"),
+        ({"prompt": 3}, "must be a text"),
+        ({"prompt": None}, "must be a text"),
+        ({"prompt": ["p"]}, "must be a text"),
+        ({"prompt": [{"role": "user"}]}, "must be a text"),
+        ({"prompt": [{"role": "user", "content": None}]}, "must be a text"),
+        ({"prompt": " \n"}, "empty"),
+        ({"prompt": []}, "empty"),
+        ({"prompt": [{"role": "user", "content": ""}]}, "empty"),
+        ({"prompt": "half \ud800"}, "surrogate"),
+    ],
+)
+def test_broken_line_is_named_by_file_and_number(tmp_path, line, named):
+    path = write(tmp_path / "bad.jsonl", {"prompt": "fine"}, "", line)
+    with pytest.raises(common.UserError) as error:
+        common.load_rows(path, "train")
+    assert f"{path}:3: " in str(error.value) and named in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500 + len(path)
+
+
+def test_file_errors(tmp_path):
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"prompt": "p"}\n{"prompt": "caf\xe9"}\n')
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
+    for path, named in [
+        (latin, f"{latin}:2: not UTF-8"),
+        (folder, "directory"),
+        (tmp_path / "none.jsonl", "No such file"),
+        (write(tmp_path / "empty.jsonl", "", ""), "holds no prompts"),
+    ]:
+        with pytest.raises(common.UserError, match=".*") as error:
+            common.load_rows(str(path), "train")
+        assert named in str(error.value) and str(path) in str(error.value)
+
+
+def test_answer_column_must_exist_only_when_it_was_asked_for(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p"})
+    assert common.load_rows(path, "train") == [{"prompt": "p"}]
+    with pytest.raises(common.UserError, match="'gold' of --answer-column"):
+        common.load_rows(path, "train", answer_column="gold")
+
+
+# ---------------------------------------------------------------- gsm8k and hub datasets
+
+
+@pytest.fixture
+def gsm8k(tmp_path, monkeypatch):
+    """A cache folder, and a small file in the part of the authors' test split."""
+    content = json.dumps({"question": "6 * 7?", "answer": "It is\n#### 42"}).encode()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setitem(common.GSM8K_SHA256, "test", hashlib.sha256(content).hexdigest())
+    return tmp_path / "gsm8k" / "test.jsonl", content
+
+
+def test_gsm8k_is_fetched_once(gsm8k, monkeypatch):
+    path, content = gsm8k
+    calls = []
+
+    def download(url, target, hash_prefix):
+        calls.append((url, target, hash_prefix))
+        path.write_bytes(content)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    for _ in range(2):
+        [row] = common.load_rows("gsm8k", "test")
+        assert row["prompt"] == "6 * 7?" and row["answer"].endswith("#### 42")
+    assert calls == [(f"{common.GSM8K_URL}/test.jsonl", str(path), common.GSM8K_SHA256["test"])]
+    assert common.load_rows("gsm8k", "test", prompt_column="question")[0]["prompt"] == "6 * 7?"
+
+
+def test_gsm8k_file_that_is_not_the_authors_is_named_and_kept(gsm8k):
+    path, content = gsm8k
+    path.parent.mkdir()
+    path.write_bytes(content + b" ")
+    with pytest.raises(common.UserError, match="test.jsonl is not GSM8K"):
+        common.load_rows("gsm8k", "test")
+    assert path.read_bytes() == content + b" "
+
+
+def test_gsm8k_without_network_says_where_to_put_the_files(gsm8k, monkeypatch):
+    path, _ = gsm8k
+    for error in (OSError("no route to host"), RuntimeError("invalid hash value")):
+
+        def download(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr("torch.hub.download_url_to_file", download)
+        with pytest.raises(common.UserError) as caught:
+            common.load_rows("gsm8k", "test")
+        assert str(path.parent) in str(caught.value) and common.GSM8K_URL in str(caught.value)
+        assert "train.jsonl and test.jsonl" in str(caught.value) and str(error) in str(caught.value)
+
+
+def test_hub_dataset_without_the_library_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(common.UserError, match="someone/prompts is neither .* nor a file .*pip install datasets"):
+        common.load_rows("someone/prompts", "train")
+
+
+def test_hub_dataset_goes_through_the_library(monkeypatch):
+    def load_dataset(name, config, split):
+        if split != "train":
+            raise ValueError('Unknown split "test".\nShould be one of train.')
+        return [{"prompt": f"{name} {config}", "answer": 1}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert common.load_rows("a/b:main", "train") == [{"prompt": "a/b main", "answer": 1}]
+    assert common.load_rows("a/b", "train")[0]["prompt"] == "a/b None"
+    with pytest.raises(common.UserError, match='a/b, split test: ValueError: Unknown split "test". Should'):
+        common.load_rows("a/b", "test")
+    with pytest.raises(common.UserError, match="a/b row 0: no column 'question'"):
+        common.load_rows("a/b", "train", "question")
+
+
+# ---------------------------------------------------------------- tokenising
+
+
+def decoded(rows, tokenizer, system_prompt=None, limit=100):
+    prompts, dropped = common.tokenize_prompts(rows, tokenizer, system_prompt, limit)
+    assert dropped == 0
+    return ["".join(tokenizer.convert_ids_to_tokens(prompt.ids)) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "prefix, suffix, expected",
+    [("", "", "ab"), ("[B]", "", "[B]ab"), ("", "[E]", "ab"), ("[B]", "[E]", "[B]ab"), ("[E]", "[E]", "[E]ab")],
+)
+def test_text_has_the_tokenizers_bos_but_never_its_eos(prefix, suffix, expected):
+    assert decoded([{"prompt": "ab"}], make_tokenizer(prefix, suffix)) == [expected]
+
+
+@pytest.mark.parametrize("suffix", ["", "[E]"])
+def test_end_token_spelled_by_the_text_stays(suffix):
+    assert decoded([{"prompt": "ab[E]"}], make_tokenizer("[B]", suffix)) == ["[B]ab[E]"]
+
+
+def test_chat_goes_through_the_template_once():
+    tokenizer = make_tokenizer("[B]", "[E]", TEMPLATE)  # the template alone decides on special tokens
+    assert decoded([{"prompt": CHAT}], tokenizer) == ["<user>hi;<assistant>"]
+    assert decoded([{"prompt": CHAT}], tokenizer, "be") == ["<system>be;<user>hi;<assistant>"]
+    assert decoded([{"prompt": "hi"}], tokenizer, "be") == ["<system>be;<user>hi;<assistant>"]
+    assert decoded([{"prompt": "hi"}], tokenizer, "") == ["<user>hi;<assistant>"]
+    own = [{"role": "system", "content": "own"}, *CHAT]
+    assert decoded([{"prompt": own}], tokenizer, "be") == ["<system>own;<user>hi;<assistant>"]
+    begun = [*CHAT, {"role": "assistant", "content": "well"}]
+    assert decoded([{"prompt": begun}], tokenizer) == ["<user>hi;<assistant>well"]
+
+
+def test_prompt_carries_what_reward_functions_receive():
+    tokenizer = make_tokenizer(template=TEMPLATE)
+    rows = [{"prompt": "hi", "answer": "x", "level": 2}]
+    [text], _ = common.tokenize_prompts(rows, tokenizer, None, 100)
+    assert text.prompt == "hi" and text.columns == {"answer": "x", "level": 2}
+    [chat], _ = common.tokenize_prompts(rows, tokenizer, "be", 100)
+    assert chat.prompt == [{"role": "system", "content": "be"}, *CHAT]
+    assert rows == [{"prompt": "hi", "answer": "x", "level": 2}]
+
+
+def test_long_prompts_are_dropped_not_cut():
+    tokenizer = make_tokenizer("[B]")
+    rows = [{"prompt": "a" * n} for n in (3, 4, 5, 6)]
+    prompts, dropped = common.tokenize_prompts(rows, tokenizer, None, 5)
+    assert [len(prompt.ids) for prompt in prompts] == [4, 5] and dropped == 2
+    with pytest.raises(common.UserError, match="--max-prompt-tokens 3; the shortest has 4 tokens"):
+        common.tokenize_prompts(rows, tokenizer, None, 3)
+
+
+def test_tokenising_errors():
+    refusing = make_tokenizer(template="{{ raise_exception('System role\nnot supported') }}")
+    nothing = make_tokenizer()
+    nothing.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("a", "")
+    for row, tokenizer, system_prompt, named in [
+        (CHAT, make_tokenizer(), None, "no chat template"),
+        ("hi", make_tokenizer(), "be", "--system-prompt"),
+        ("hi", refusing, "be", "System role not supported"),
+        ("aaa", nothing, None, "'aaa' gives no tokens"),
+    ]:
+        with pytest.raises(common.UserError) as error:
+            common.tokenize_prompts([{"prompt": row}], tokenizer, system_prompt, 100)
+        assert named in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- split and order
+
+
+@pytest.mark.parametrize("size, count, held", [(100, 5, 5), (100, 50, 10), (19, 50, 1), (10, 3, 1), (40, 0, 0)])
+def test_held_out_split_is_disjoint_whole_and_seeded(size, count, held):
+    rows = [{"prompt": str(i)} for i in range(size)]
+    train, evaluation = common.held_out_split(rows, count, seed=1)
+    assert len(evaluation) == held and sorted(train + evaluation, key=rows.index) == rows
+    assert common.held_out_split(rows, count, seed=1) == (train, evaluation)
+    if held > 1:
+        assert common.held_out_split(rows, count, seed=2) != (train, evaluation)
+        assert evaluation != rows[:held] and evaluation != rows[-held:]
+
+
+def test_held_out_split_of_a_few_rows_is_the_rows():
+    rows = [{"prompt": str(i)} for i in range(9)]
+    assert common.held_out_split(rows, 500, 1) == (rows, rows)
+
+
+def stream_of(size, seed=0, position=0):
+    return common.PromptStream([common.Prompt([i], str(i), {}) for i in range(size)], seed, position)
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 30), max_size=8), st.integers(0, 3), st.data())
+@settings(deadline=None, max_examples=50)
+def test_stream_repeats_nothing_in_an_epoch_and_resumes_from_position(size, takes, seed, data):
+    stream = stream_of(size, seed)
+    batches = [[prompt.ids[0] for prompt in stream.next(n)] for n in takes]
+    assert [len(batch) for batch in batches] == takes and stream.position == sum(takes)
+    taken = sum(batches, [])
+    for start in range(0, len(taken), size):
+        epoch = taken[start : start + size]
+        assert len(set(epoch)) == len(epoch)
+    cut = data.draw(st.integers(0, len(taken)))
+    resumed = stream_of(size, seed)
+    resumed.position = cut
+    assert [prompt.ids[0] for prompt in resumed.next(len(taken) - cut)] == taken[cut:]
+
+
+def test_stream_order_changes_with_epoch_and_seed():
+    first = [prompt.ids[0] for prompt in stream_of(50).next(100)]
+    assert first[:50] != first[50:] and first[:50] != list(range(50))
+    assert [prompt.ids[0] for prompt in stream_of(50, seed=1).next(50)] != first[:50]

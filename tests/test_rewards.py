@@ -1,0 +1,534 @@
+"""Built-in verifiers, reward files, and how their scores are called, checked and summed."""
+
+import math
+import signal
+import textwrap
+import threading
+import time
+import types
+from fractions import Fraction
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import common
+
+
+def verdict(name, completion, **columns):
+    """The built-in reward of one completion, given as text; the chat form must agree."""
+    columns = {key: [value] for key, value in columns.items()}
+    [score] = common.BUILTIN_REWARDS[name](completions=[completion], **columns)
+    chat = [{"role": "assistant", "content": completion}]
+    assert common.BUILTIN_REWARDS[name](completions=[chat], **columns) == [score]
+    return score
+
+
+# ---------------------------------------------------------------- verifiers
+
+
+def test_exact():
+    assert verdict("exact", " 42\n", answer="42 ") == 1.0
+    assert verdict("exact", "42", answer=42) == 1.0
+    assert verdict("exact", "42.", answer="42") == 0.0
+    assert verdict("exact", "", answer=None) is None
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("The answer is 42.", "42"),
+        ("first 7, then 42", "42"),
+        ("42.0", "42"),
+        ("3.50", "7/2"),
+        ("$1,234.50", "2469/2"),
+        ("1,234,567", "1234567"),
+        ("pick 1,2,42", "42"),
+        ("€42", "42"),
+        (r"\$42", "42"),
+        ("$42$", "42"),
+        ("$.50", "1/2"),
+        ("is...5", "5"),
+        ("42%", "42"),
+        ("-42", "-42"),
+        ("\u221242", "-42"),
+        ("-$42", "-42"),
+        ("$-42", "-42"),
+        (r"-\$42", "-42"),
+        ("(-42)", "-42"),
+        ("52-42", "42"),
+        ("x-42", "42"),
+        ("52 - 10 = -42", "-42"),
+        ("1/2", "1/2"),
+        ("1/0", None),
+        ("007", "7"),
+        (r"10\,000", "10000"),
+        ("10{,}000", "10000"),
+        ("**42**", "42"),
+        ("no number", None),
+        ("", None),
+        ("#### 42", "42"),
+        ("7\n####\n42", "42"),
+        ("#### 42 apples for 3 boys\nor 5", "42"),
+        ("#### 6*7 = 42", "42"),
+        ("#### 42\nx = 5", "42"),
+        ("#### none\n42", None),
+        ("#### 1\n#### $1,042.00", "1042"),
+        ("42 ####", None),
+        ("42\n#### none", None),
+        (r"\boxed{42}", "42"),
+        (r"so \boxed{42} for 3", "42"),
+        (r"\boxed{1} and \boxed{42}", "42"),
+        (r"\boxed{42} #### 5", "42"),
+        (r"#### 5 \boxed{42}", "42"),
+        (r"\boxed{\$42.00}", "42"),
+        (r"\boxed{42\text{ m}^2}", "42"),
+        (r"\boxed{\text{Total: } 42}", "42"),
+        (r"\boxed{\text{42}}", "42"),
+        (r"\boxed {x_1 = {42}}", "42"),
+        (r"\boxed{1{,}042\%}", "1042"),
+        (r"\boxed{\boxed{42}}", "42"),
+        (r"\boxed{\frac{84}{2}}", "42"),
+        (r"\boxed{-\dfrac{1}{2}}", "-1/2"),
+        (r"42 \boxed{}", None),
+        (r"42 \boxed{42", None),
+        ("9" * 101, None),
+    ],
+)
+def test_gsm8k_number(text, number):
+    assert str(common.gsm8k_number(text)) == str(number)
+
+
+def test_gsm8k_reward():
+    published = "He has 6*7=<<6*7=42>>42 apples.\n#### 42"
+    assert verdict("gsm8k", "It is 42.0", answer=published) == 1.0
+    assert verdict("gsm8k", "It is 43", answer=published) == 0.0
+    assert verdict("gsm8k", "none", answer=42) == 0.0
+    assert verdict("gsm8k", r"\boxed{1,000}", answer="#### 1000") == 1.0
+    assert verdict("gsm8k", "0.30000000000000001", answer="0.3") == 0.0  # exact, no float in between
+    assert verdict("gsm8k", "42", answer=None) is None
+    with pytest.raises(ValueError, match="no number in the answer 'Paris'"):
+        verdict("gsm8k", "42", answer="Paris")
+
+
+@given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "${:,}.00", "#### {:,}\nor 3", r"\boxed{{{}}}"]))
+@settings(deadline=None)
+def test_gsm8k_reads_every_spelling_of_an_integer(number, spelling):
+    assert verdict("gsm8k", "of 17: " + spelling.format(number), answer=str(number)) == 1.0
+    assert verdict("gsm8k", "of 17: " + spelling.format(number + 1), answer=str(number)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "completion, score",
+    [
+        ("(1 + 2) * 8", 1.0),
+        ("thinking\n1 + 2 = 3\n(1+2)*8 = 24", 1.0),
+        ("<answer>1 + 2</answer> no: <answer> (1+2)*8 </answer> done", 1.0),
+        ("<answer>(1 + 2) × 8 = 24.</answer>", 1.0),
+        ("-(1 + 2) * -8", 1.0),
+        ("<answer>1 + 2 + 8</answer>\n(1 + 2) * 8", 0.0),  # the tags win
+        ("(1 + 2) * 8 = 25", 0.0),
+        ("(1 + 2) * 8 =", 0.0),
+        ("1 * 8 + 2", 0.0),
+        ("24", 0.0),
+        ("8 * 2 + 8", 0.0),
+        ("(1 + 2) * 8 * 1", 0.0),
+        ("8 / (2 - 2 * 1)", 0.0),
+        ("8 / (2 - 1 - 1)", 0.0),
+        ("(1 + 2) * 8 # right", 0.0),
+        ("print((1 + 2) * 8)", 0.0),
+        ("(1 + 2) * 08", 0.0),
+        ("(1 + 2) (8)", 0.0),
+        ("8 // 2 * 1", 0.0),
+        ("8 ** 2 ** 1", 0.0),
+        ("+8 * (1 + 2)", 0.0),
+        (" " * 300 + "(1 + 2) * 8", 1.0),
+        ("(1 + 2) *" + " " * 300 + "8", 0.0),
+        ("", 0.0),
+        ("()", 0.0),
+    ],
+)
+def test_countdown(completion, score):
+    assert verdict("countdown", completion, target=24, nums=[1, 2, 8]) == score
+    assert verdict("countdown", completion, answer="24", numbers=[8, 2, 1]) == score
+
+
+def test_countdown_is_exact_and_checks_its_columns():
+    assert verdict("countdown", "8 / (3 - 8 / 3)", target=24, nums=[3, 3, 8, 8]) == 1.0  # a float gives 23.999
+    assert verdict("countdown", "1 / 3 + 1 / 3 + 1 / 3", target=1, nums=[1, 1, 1, 3, 3, 3]) == 1.0
+    assert verdict("countdown", "8 / (2 - 2)", target=24, nums=[8, 2, 2]) == 0.0
+    assert verdict("countdown", "-8 * (1 + 2)", target=-24, nums=[1, 2, 8]) == 1.0
+    assert verdict("countdown", "+8 * (1 + 2)", target=-24, nums=[1, 2, 8]) == 0.0
+    assert verdict("countdown", "1", target=None, nums=[1]) is None
+    with pytest.raises(ValueError, match="nums"):
+        verdict("countdown", "1", target=1)
+
+
+@pytest.mark.parametrize(
+    "completion, score",
+    [
+        ("<think>a</think><answer>b</answer>", 1.0),
+        (" <think>a\nb</think>\n\n<answer>\nb</answer>\n", 1.0),
+        ("a</think><answer>b</answer>", 1.0),
+        ("<think>1 < 2 </b></think><answer></answer>", 1.0),
+        ("<answer>b</answer>", 0.0),
+        ("<think>a</think>", 0.0),
+        ("<think>a</think>b<answer>c</answer>", 0.0),
+        ("<think>a</think><answer>b</answer>c", 0.0),
+        ("c<think>a</think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b", 0.0),
+        ("<answer>b</answer><think>a</think>", 0.0),
+        ("<think>a</think><think>a</think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b</answer><answer>b</answer>", 0.0),
+        ("<think><answer>b</answer></think>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_format(completion, score):
+    assert verdict("format", completion) == score
+
+
+HUGE = 10**5
+HOSTILE = {
+    "digits": "9" * HUGE,
+    "negative digits": "-" * HUGE + "9",
+    "denominator": "1/" + "0" * HUGE,
+    "exponent": "1e999999999",
+    "power": "9**9**9",
+    "power chain": "9" + "**9" * 30_000,
+    "minus chain": "-" * 299 + "1",
+    "round brackets": "(" * 10**4 + "1" + ")" * 10**4,
+    "open brackets": "(" * HUGE,
+    "boxes": r"\boxed{" * 10**4,
+    "nested braces": r"\boxed{" + "{" * 10**4 + "}" * 10**4,
+    "box and spaces": (r"\boxed" + " " * 10) * 6000,
+    "fractions": r"\boxed{" + r"\frac{" * 10**4,
+    "numbers": "1 " * (HUGE // 2),
+    "commas": "1," * (HUGE // 2),
+    "groups": ",111" * (HUGE // 4),
+    "signs": "$-" * (HUGE // 2),
+    "hashes": "#### " * (HUGE // 5),
+    "answer tags": "<answer>" * (HUGE // 8),
+    "closed tags": "<answer></answer>" * 6000,
+    "think tags": "<think>" * (HUGE // 7),
+    "angle brackets": "<" * HUGE,
+    "equals": "=" * HUGE,
+    "lines": "\n" * HUGE,
+    "spaces": " " * HUGE,
+    "nul": "\0" * HUGE,
+    "surrogates": "\ud800" * HUGE,
+    "right to left": "\u202e\u200f12" * (HUGE // 4),
+    "other digits": "٣²" * (HUGE // 2),
+}
+COLUMNS = {"answer": [42], "target": [42], "nums": [[6, 7]]}
+
+
+@pytest.mark.parametrize("reward", common.BUILTIN_REWARDS.values(), ids=common.BUILTIN_REWARDS)
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_completion_scores_zero_in_no_time(reward, text):
+    seconds = []
+    for completion in (text, f"<answer>{text}</answer>", f"#### {text}", rf"\boxed{{{text}}}"):
+        start = time.process_time()
+        assert reward(completions=[completion], **COLUMNS) == [0.0]
+        seconds.append(time.process_time() - start)
+    # The bound of 50 ms each is meant for the typical machine; a quadratic step takes seconds.
+    assert sum(seconds) < 0.4
+
+
+@given(
+    st.lists(
+        st.sampled_from(list("0123456789+-*/()=.,$%{}<> \n\\#\0\ud800\u202e") + [r"\boxed{", "<answer>", "</answer>"])
+        | st.characters(categories=None),
+        max_size=200,
+    ).map("".join)
+)
+@settings(deadline=None, max_examples=150)
+def test_no_completion_raises(text):
+    for reward in common.BUILTIN_REWARDS.values():
+        [score] = reward(completions=[text], **COLUMNS)
+        assert score in (0.0, 1.0)
+
+
+# ---------------------------------------------------------------- loading
+
+
+@pytest.fixture
+def reward_file(tmp_path):
+    def write(code, name="rewards.py"):
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(code))
+        return str(path)
+
+    return write
+
+
+def test_load_rewards_by_name_and_file(reward_file):
+    reward_file("VALUE = 0.5", "neighbour_of_rewards.py")
+    path = reward_file(
+        """
+        import neighbour_of_rewards
+        calls = []
+        def format(completions, **kwargs):
+            calls.append(1)
+            return [neighbour_of_rewards.VALUE for _ in completions]
+        def count(completions, **kwargs):
+            return [float(len(calls)) for _ in completions]
+        if __name__ == "__main__":
+            raise SystemExit("not a script")
+        """
+    )
+    rewards = common.load_rewards(["format", f"{path}:format", f"{path}:format", f"{path}:count"], [1, 2, 3, 4])
+    assert [reward.name for reward in rewards] == ["format", "format_2", "format_3", "count"]
+    assert [reward.weight for reward in rewards] == [1, 2, 3, 4]
+    assert rewards[0].function is common.BUILTIN_REWARDS["format"]
+    scores = run(rewards, ["a", "b"])
+    assert scores.by_function["format_2"].tolist() == [0.5, 0.5]
+    assert scores.by_function["count"].tolist() == [2.0, 2.0]  # one module: the calls of both formats
+    assert [reward.weight for reward in common.load_rewards(["exact"], None)] == [1.0]
+
+
+@pytest.mark.parametrize(
+    "code, attribute, named",
+    [
+        ("x = 1\ndef f(:\n    pass", "f", "rewards.py:2"),
+        ("x = 1\n\n1 / 0", "f", "ZeroDivisionError: division by zero at .*rewards.py:3"),
+        ("import no_such_module_at_all", "f", "ModuleNotFoundError.*rewards.py:1"),
+        ("raise SystemExit(0)", "f", "SystemExit: 0 at .*rewards.py:1"),
+        ("x = 1", "f", "defines no function 'f'"),
+        ("f = 1", "f", "defines no function 'f'"),
+        ("def f(): pass", "", "defines no function ''"),
+    ],
+)
+def test_reward_file_errors(reward_file, code, attribute, named):
+    path = reward_file(code)
+    with pytest.raises(common.UserError, match=named) as error:
+        common.load_rewards([f"{path}:{attribute}"], None)
+    assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_reward_name_errors(tmp_path):
+    for names, weights, named in [
+        (["gsm9k"], None, "no reward 'gsm9k': take exact, gsm8k, countdown, format or file.py:function"),
+        (["rewards.py"], None, "no reward 'rewards.py'"),
+        (["rewards.txt:f"], None, "no reward 'rewards.txt:f'"),
+        ([f"{tmp_path}/none.py:f"], None, "none.py does not exist"),
+        (["exact", "format"], [1.0], "--reward-weights has 1 numbers for 2 rewards"),
+        (["exact"], [], "--reward-weights has 0 numbers"),
+    ]:
+        with pytest.raises(common.UserError) as error:
+            common.load_rewards(names, weights)
+        assert named in str(error.value)
+
+
+# ---------------------------------------------------------------- calling
+
+
+def run(functions, completions, prompts=None, ids=None, **options):
+    """score() of plain functions or Rewards on texts; each completion has as many tokens as characters."""
+    rewards = [f if isinstance(f, common.Reward) else common.Reward(f"f{i}", f) for i, f in enumerate(functions)]
+    prompts = prompts or [common.Prompt([1], "p", {}) for _ in completions]
+    ids = ids or [[1] * len(text) for text in completions]
+    return common.score(rewards, prompts, completions, ids, **options)
+
+
+def test_functions_get_keywords_columns_and_chats():
+    chat = [{"role": "user", "content": "q"}]
+    prompts = [common.Prompt([1], chat, {"answer": "x", "level": 1}), common.Prompt([1], "text", {"answer": "y"})]
+    seen = {}
+
+    def function(**kwargs):
+        seen.update(kwargs)
+        return [0, 0]
+
+    run([function], ["a", "bc"], prompts, [[5], [6, 7]], trainer_state="state")
+    assert seen["prompts"] == [chat, "text"]
+    assert seen["completions"] == [[{"role": "assistant", "content": "a"}], "bc"]
+    assert seen["completion_ids"] == [[5], [6, 7]]
+    assert seen["answer"] == ["x", "y"] and seen["level"] == [1, None]
+    assert seen["trainer_state"] == "state"
+
+
+def test_a_function_gets_only_what_it_takes_and_cannot_spoil_the_next():
+    def first(completions, completion_ids):
+        completions.clear()
+        return [float(len(ids)) for ids in completion_ids]
+
+    class Second:
+        def __call__(self, completions, *, level=7, **_):
+            return [float(len(completions) + level)] * 2
+
+    scores = run([first, Second()], ["a", "bc"])
+    assert scores.by_function["f0"].tolist() == [1.0, 2.0] and scores.by_function["f1"].tolist() == [9.0, 9.0]
+
+
+def test_missing_column_is_named_before_and_during_a_run():
+    rewards = common.load_rewards(["format", "exact"], None)
+    common.check_rewards(rewards, [{"prompt": "p", "answer": "x"}])
+    for check in (lambda: common.check_rewards(rewards, [{"prompt": "p", "level": 1}]), lambda: run(rewards, ["a"])):
+        with pytest.raises(common.UserError, match="reward exact needs a column 'answer'"):
+            check()
+
+
+def test_built_in_rewards_look_at_the_answers_before_a_run():
+    def untouched(completions, **kwargs):
+        raise AssertionError("a reward file is not called before there are completions")
+
+    common.check_rewards([common.Reward("own", untouched)], [{"prompt": "p"}])
+    rows = [{"prompt": "p", "answer": "#### 1"}, {"prompt": "q", "answer": "Paris"}]
+    for name, named in [("gsm8k", "no number in the answer 'Paris'"), ("countdown", "needs the columns target")]:
+        with pytest.raises(common.UserError, match=named):
+            common.check_rewards(common.load_rewards([name], None), rows)
+
+
+def test_functions_of_trl_style():
+    """What TRL's documentation shows: async functions, None, its spelling of ids, logging, the trainer's state."""
+
+    async def later(prompts, completions, **kwargs):
+        return [1.0 if completion else 0.0 for completion in completions]
+
+    def task(completions, task, **kwargs):
+        return [1.0 if name == "math" else None for name in task]
+
+    def lengths(completions_ids, **kwargs):
+        return [float(len(ids)) for ids in completions_ids]
+
+    def logs(completions, log_extra=None, log_metric=None, trainer_state=None, **kwargs):
+        log_extra("gold", ["x"] * len(completions))
+        log_metric("step", trainer_state.global_step)
+        return [0.0] * len(completions)
+
+    prompts = [common.Prompt([1], "p", {"task": task}) for task in ("math", "code")]
+    state = types.SimpleNamespace(global_step=3)
+    scores = run([later, task, lengths, logs], ["ab", ""], prompts, [[1, 2], [1]], trainer_state=state)
+    assert scores.total.tolist() == [4.0, 1.0] and math.isnan(scores.by_function["f1"][1])
+    assert scores.metrics == {"step": 3} and scores.extra == {"gold": ["x", "x"]}
+
+
+def test_weighted_sum_over_the_functions_that_apply():
+    rewards = [
+        common.Reward("a", lambda completions: [1.0, None, None], 2.0),
+        common.Reward("b", lambda completions: [0.5, 0.25, None], -1.0),
+    ]
+    scores = run(rewards, ["x", "y", "z"])
+    assert scores.total.dtype == torch.float32 and scores.dense is None
+    assert scores.total[:2].tolist() == [1.5, -0.25] and math.isnan(scores.total[2])
+    assert scores.by_function["a"][0] == 1.0 and scores.by_function["a"].isnan().tolist() == [False, True, True]
+    assert scores.by_function["b"].tolist()[:2] == [0.5, 0.25]
+
+
+def test_dense_rewards_are_weighted_and_scalars_join_the_last_token():
+    rewards = [
+        common.Reward("steps", lambda completions: [[0.5, 0.0, 1.0], None, None, (1, 2)], 2.0),
+        common.Reward("plain", lambda completions: [1.0, 3.0, None, None], 10.0),
+    ]
+    scores = run(rewards, ["abc", "de", "f", "gh"])
+    assert scores.dense == [[1.0, 0.0, 12.0], [0.0, 30.0], None, [2.0, 4.0]]
+    assert scores.total[[0, 1, 3]].tolist() == [13.0, 30.0, 6.0] and math.isnan(scores.total[2])
+    assert scores.by_function["steps"][[0, 3]].tolist() == [1.5, 3.0]
+
+
+def test_numbers_of_any_library_are_taken():
+    values = [True, 1, 1.0, numpy.float32(1), numpy.int64(1), numpy.bool_(True), torch.tensor(1.0), torch.tensor(1)]
+    assert run([lambda completions: values], ["x"] * 8).total.tolist() == [1.0] * 8
+    odd = [10**30, Fraction(1, 2)]
+    assert run([lambda completions: odd], ["x"] * 2).total.tolist() == pytest.approx([1e30, 0.5])
+    for array in (numpy.ones(2), torch.ones(2, dtype=torch.bfloat16), (1, 1)):
+        assert run([lambda completions: array], ["x"] * 2).total.tolist() == [1.0, 1.0]
+    steps = [torch.ones(2), numpy.ones(1), [torch.tensor(1.0)]]
+    assert run([lambda completions: steps], ["xy", "x", "x"]).dense == [[1.0, 1.0], [1.0], [1.0]]
+
+
+@pytest.mark.parametrize(
+    "result, named",
+    [
+        ([1.0], "returned 1 scores for 2 completions"),
+        ([], "returned 0 scores for 2"),
+        (None, "returned NoneType, not a list"),
+        (1.0, "returned float, not a list"),
+        ({0: 1, 1: 1}, "returned dict, not a list"),
+        ("11", "returned str, not a list"),
+        ([1.0, math.nan], "sample 1 nan, which is not finite"),
+        ([-math.inf, 1.0], "sample 0 -inf, which is not finite"),
+        ([1.0, 1e39], "sample 1 1e.39, which is not finite"),
+        ([1.0, 10**400], "sample 1 1000.*, which is not finite"),
+        ([1.0, torch.tensor(math.nan)], "sample 1 nan, which is not finite"),
+        ([1.0, "1"], "sample 1 '1', which is not a number"),
+        ([1j, 1.0], "sample 0 1j, which is not a number"),
+        ([[1.0], 1.0], "sample 0 1 scores for 2 completion tokens"),
+        ([1.0, [1.0, 2.0, 3.0]], "sample 1 3 scores for 2 completion tokens"),
+        ([1.0, [1.0, math.nan]], "sample 1 nan, which is not finite"),
+        ([1.0, [1.0, None]], "sample 1 None, which is not a number"),
+        ([1.0, [1.0, [2.0]]], r"sample 1 \[2.0\], which is not a number"),
+    ],
+)
+def test_wrong_scores_name_function_and_sample(result, named):
+    with pytest.raises(common.UserError, match=named) as error:
+        run([common.Reward("culprit", lambda completions: result)], ["ab", "cd"])
+    assert "reward culprit" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_an_exception_names_function_type_message_and_line(reward_file):
+    path = reward_file(
+        """
+        import json
+        def broken(completions, **kwargs):
+            return [json.loads(text) for text in completions]
+        async def later(completions, **kwargs):
+            raise ValueError("two\\nlines")
+        def leave(completions, **kwargs):
+            raise SystemExit(0)
+        """
+    )
+    for name, named in [
+        ("broken", rf"reward broken raised JSONDecodeError: Expecting .* at {path}:4"),
+        ("later", rf"reward later raised ValueError: two lines at {path}:6"),
+        ("leave", rf"reward leave raised SystemExit: 0 at {path}:8"),
+    ]:
+        with pytest.raises(common.UserError, match=named) as error:
+            run(common.load_rewards([f"{path}:{name}"], None), ["not json"])
+        assert "\n" not in str(error.value)
+    with pytest.raises(common.UserError, match="reward exact raised"):
+        run([common.Reward("exact", lambda completions: 1 / 0)], ["a"])
+
+
+# ---------------------------------------------------------------- time limit
+
+
+def slow(completions, **kwargs):
+    try:
+        time.sleep(30)
+    except Exception:
+        pass
+    return [0.0] * len(completions)
+
+
+def test_time_limit_ends_a_slow_function_and_restores_the_handler():
+    before = signal.getsignal(signal.SIGALRM)
+    start = time.monotonic()
+    with pytest.raises(common.UserError, match="reward f0 took longer than --reward-timeout 0.1 seconds"):
+        run([slow], ["a"], timeout=0.1)
+    assert time.monotonic() - start < 10
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert run([lambda completions: [1.0]], ["a"], timeout=60).total.tolist() == [1.0]
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_time_limit_is_left_out_in_other_threads():
+    totals = []
+    thread = threading.Thread(target=lambda: totals.append(run([lambda completions: [1.0]], ["a"], timeout=5).total))
+    thread.start()
+    thread.join()
+    assert totals[0].tolist() == [1.0]
+
+
+def test_time_limit_reaches_async_functions():
+    import asyncio
+
+    async def sleepy(completions, **kwargs):
+        await asyncio.sleep(30)
+
+    with pytest.raises(common.UserError, match="--reward-timeout"):
+        run([sleepy], ["a"], timeout=0.1)
