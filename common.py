@@ -32,7 +32,7 @@ import time
 import traceback
 import typing
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
@@ -256,16 +256,16 @@ class Run:
     # ---- signals ----
 
     def catch_signals(self):
-        """The first Ctrl-C or SIGTERM lets the step in hand finish; the second one stops at once."""
+        """In the training loop the first Ctrl-C or SIGTERM lets the step in hand finish; the second one stops at once."""
         def stop(number, frame):
-            if self.stop_signal:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+            if self.bar is None or self.stop_signal:
+                os._exit(128 + number)
             self.stop_signal = number
-            self.say("stopping after this step; once more stops at once")
+            self.say("stopping after this step, with a checkpoint; once more stops at once")
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop)
 
     def must_stop(self) -> bool:
         """Whether any process was told to stop; all processes get the same answer."""
@@ -969,6 +969,17 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
 
+def load_critic(args, run, policy) -> Critic:
+    """A critic that starts from --critic-model (its head aside), or else from the policy's own weights."""
+    if args.critic_model is None:
+        backbone = copy.deepcopy(policy.base_model)
+    else:
+        backbone = load_model(AutoModel, args.critic_model, "--critic-model", args)
+        if backbone.get_input_embeddings().num_embeddings < policy.get_input_embeddings().num_embeddings:
+            raise UserError(f"--critic-model {args.critic_model}: its vocabulary is smaller than the policy's; it has to have the same tokens")
+    return Critic(backbone).to(run.device)
+
+
 def frozen_copy(model, compute_dtype=torch.float32):
     """A copy that is never trained.
 
@@ -1032,7 +1043,7 @@ def addition_rows(split):
     return sets[split]
 
 
-def warm_start(model, tokenizer, run, target=float(os.environ.get("WT","0.33")), batch_size=64, max_steps=1000):
+def warm_start(model, tokenizer, run, target=0.30, batch_size=64, max_steps=1000):
     """Supervised steps on the tiny model until its greedy accuracy on training prompts reaches `target`.
 
     Makes it partly competent, as a pretrained model is: this is the reference policy, and all that follows learns from
@@ -1187,11 +1198,11 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
                 except UnicodeDecodeError:
                     raise UserError(f"{path}:{number}: not UTF-8; save the file in that encoding") from None
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}:{number}: not JSON ({one_line(error)}); write one object a line") from None
-                if text.strip() and not isinstance(row, dict):
-                    raise UserError(f'{path}:{number}: not an object; write one {{"prompt": ...}} a line')
-                if row is not None:
+                    raise UserError(f"{path}:{number}: not JSON ({one_line(error)})") from None
+                if isinstance(row, dict):
                     yield f"{path}:{number}", row
+                elif text.strip():
+                    raise UserError(f'{path}:{number}: not an object; write one {{"prompt": ...}} a line')
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
@@ -1208,7 +1219,6 @@ def fetch_gsm8k(split: str) -> Path:
     socket.setdefaulttimeout(20)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"fetching GSM8K ({split}) to {path}", file=sys.stderr)
         torch.hub.download_url_to_file(f"{GSM8K_URL}/{path.name}", str(path), hash_prefix=GSM8K_SHA256[split])
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise UserError(
@@ -1232,7 +1242,7 @@ def read_hub_dataset(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
     name, _, config = dataset.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # the library raises its own kinds for a wrong id, config or split, or no network
+    except Exception as error:  # its own kinds, for a wrong id, config or split and for no network
         raise UserError(f"dataset {dataset}, split {split}: {one_line(error)}") from error
     for number, row in enumerate(loaded):
         yield f"{dataset} row {number}", dict(row)
@@ -1275,16 +1285,16 @@ def with_system_prompt(prompt: str | list[dict], system_prompt: str | None) -> s
 
 
 def chat_ids(chat: list[dict], tokenizer) -> list[int]:
-    """Tokens of a chat, up to where the assistant's reply begins (or goes on, if the chat ends with one)."""
+    """Tokens of a chat up to where the reply begins, or goes on if the chat ends with an assistant's."""
     if not tokenizer.chat_template:
         raise UserError(
-            "this model's tokenizer has no chat template: leave --system-prompt out and give prompts as text, "
-            "or take a chat model"
+            "this model's tokenizer has no chat template: "
+            "leave --system-prompt out and give prompts as text, or take a chat model"
         )
     begun = chat[-1]["role"] == "assistant"
     try:
         return tokenizer.apply_chat_template(
-            chat, add_generation_prompt=not begun, continue_final_message=begun, tokenize=True, return_dict=False
+            chat, add_generation_prompt=not begun, continue_final_message=begun, return_dict=False
         )
     except Exception as error:  # templates refuse in their own words ("System role not supported")
         raise UserError(f"the chat template refuses the prompt {str(chat)[:60]!r} ({one_line(error)})") from error
@@ -1314,20 +1324,42 @@ def held_out_split(rows: list[dict], count: int, seed: int) -> tuple[list[dict],
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
-def load_train_and_eval_rows(args) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and rows to evaluate on, never the same ones unless there are fewer than 10."""
-    rows = load_rows(args.dataset, "train", args.prompt_column, args.answer_column)
+def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward") -> tuple[list[dict], list[dict]]:
+    """Rows to train on and rows to evaluate on, checked against what the reward functions need.
+
+    Never the same ones, unless there are fewer than 10 and no --eval-dataset.
+    """
+    train_rows = load_rows(args.dataset, "train", args.prompt_column, args.answer_column)
     if args.eval_dataset or args.dataset in ("addition", "gsm8k"):
-        eval_rows = load_rows(args.eval_dataset or args.dataset, "test", args.prompt_column, args.answer_column)
-        return rows, eval_rows[: args.eval_prompts]
-    return held_out_split(rows, args.eval_prompts, args.seed)
+        eval_rows = load_rows(args.eval_dataset or args.dataset, "test", args.prompt_column, args.answer_column)[: args.eval_prompts]
+    else:
+        train_rows, eval_rows = held_out_split(train_rows, args.eval_prompts, args.seed)
+    check_rewards(rewards, train_rows)
+    check_rewards([eval_reward], eval_rows)
+    return train_rows, eval_rows
 
 
-def tokenize_train_and_eval(args, run, tokenizer, train_rows, eval_rows) -> tuple[list["Prompt"], list["Prompt"]]:
-    train, dropped = tokenize_prompts(train_rows, tokenizer, args.system_prompt, args.max_prompt_tokens)
-    evaluation, eval_dropped = tokenize_prompts(eval_rows, tokenizer, args.system_prompt, args.max_prompt_tokens)
+GSM8K_INSTRUCTION = "Solve the problem step by step. Then write #### and the final number."
+
+
+def tokenize_train_and_eval(args, run, tokenizer, train_rows, eval_rows) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and prompts to evaluate on; says how many were dropped and how GSM8K is asked."""
+    system_prompt = args.system_prompt
+    if args.dataset == "gsm8k" and system_prompt is None:
+        if tokenizer.chat_template:
+            system_prompt = GSM8K_INSTRUCTION
+            run.say(f"gsm8k: --system-prompt is {system_prompt!r}")
+        else:
+            train_rows, eval_rows = (
+                [row | {"prompt": f"Question: {row['prompt']}\nAnswer:"} for row in rows] for rows in (train_rows, eval_rows)
+            )
+            run.say("gsm8k: no chat template, so prompts are 'Question: ...' and 'Answer:'")
+    train, dropped = tokenize_prompts(train_rows, tokenizer, system_prompt, args.max_prompt_tokens)
+    evaluation, eval_dropped = tokenize_prompts(eval_rows, tokenizer, system_prompt, args.max_prompt_tokens)
     if dropped + eval_dropped:
-        run.warn(f"{dropped + eval_dropped} prompts of more than --max-prompt-tokens {args.max_prompt_tokens} were dropped")
+        run.warn(f"{dropped + eval_dropped} prompts longer than --max-prompt-tokens {args.max_prompt_tokens} were dropped")
+    if train_rows[: len(eval_rows)] == eval_rows:
+        run.warn(f"with {len(train_rows)} prompts none are held out: evaluation is on training prompts")
     return train, evaluation
 
 
@@ -1374,9 +1406,9 @@ def exact_reward(completions, answer, **_) -> list[float | None]:
 
 
 # It begins with the digits, which keeps the search fast; SIGN looks at what stands before them: a
-# minus, unless it follows an operand (10-5), a currency sign before or after it, a leading point.
+# minus, unless it follows an operand (10-5), a currency sign, a leading point.
 NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:/([0-9]+))?")
-SIGN = re.compile(r"(?:(?<![\w)\]}%.])([-\u2212]))?(?:\\?[$€£¥₹]([-\u2212])?)?((?<![\w.])\.)?\Z")
+SIGN = re.compile(r"((?<![\w)\]}%.])[-\u2212])?(?:\\?[$€£¥₹])?((?<![\w.])\.)?\Z")
 
 
 def gsm8k_number(text: str) -> Fraction | None:
@@ -1402,8 +1434,8 @@ def gsm8k_number(text: str) -> Fraction | None:
     if not found or len(found[0]) > 100 or (found[1] and int(found[1]) == 0):
         return None
     before = SIGN.search(found.string, max(0, found.start() - 5), found.start())
-    value = Fraction((before[3] or "") + found[0].partition("/")[0].replace(",", "")) / int(found[1] or 1)
-    return -value if before[1] or before[2] else value
+    value = Fraction((before[2] or "") + found[0].partition("/")[0].replace(",", "")) / int(found[1] or 1)
+    return -value if before[1] else value
 
 
 def last_match(pattern: str | re.Pattern, text: str) -> re.Match | None:
@@ -1431,7 +1463,9 @@ def gsm8k_reward(completions, answer, **_) -> list[float | None]:
     return scores
 
 
-def countdown_reward(completions, target=None, nums=None, answer=None, numbers=None, **_) -> list[float | None]:
+def countdown_reward(
+    completions, target=None, nums=None, answer=None, numbers=None, **_
+) -> list[float | None]:
     """1.0 for an equation that makes the target from the numbers, each used exactly once.
 
     It is read inside the last <answer>...</answer>, else on the last line, and may end with
@@ -1539,7 +1573,7 @@ def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
     match in number.
     """
     if weights is not None and len(weights) != len(names):
-        raise UserError(f"--reward-weights has {len(weights)} numbers for {len(names)} rewards; give one each")
+        raise UserError(f"--reward-weights has {len(weights)} numbers for {len(names)} rewards")
     rewards, modules = [], {}
     for i, name in enumerate(names):
         path, colon, attribute = name.rpartition(":")
@@ -1617,8 +1651,9 @@ def import_file(path: str):
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # SystemExit would end the run with the file's own status
-        place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else raised_at(error, path)
+    except (Exception, SystemExit) as error:  # SystemExit would end the run with the file's status
+        syntax = isinstance(error, SyntaxError)
+        place = f"{error.filename}:{error.lineno}" if syntax else raised_at(error, path)
         raise UserError(f"reward file {path} cannot be imported: {one_line(error)} at {place}") from error
     return module
 
@@ -1631,23 +1666,34 @@ def raised_at(error: BaseException, path: str | None) -> str:
     return f"{frame.filename}:{frame.lineno}"
 
 
-def check_rewards(rewards: list[Reward], columns: Iterable[str]):
+def check_rewards(rewards: list[Reward], rows: list[dict]):
+    """Raises UserError, before anything is sampled, for rewards that cannot score these rows.
+
+    Checked for all: the columns that they demand; for the built-in ones also what the columns hold.
+    """
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    check_columns(rewards, list(columns))
+    for reward in rewards:
+        if reward.function in BUILTIN_REWARDS.values():
+            call_reward(reward, {**columns, "completions": [""] * len(rows)}, timeout=0)
+
+
+# What a function is offered beside the columns. TRL's documentation has it as completions_ids, too.
+CALL_ARGUMENTS = ["prompts", "completions", "completion_ids", "completions_ids"]
+CALL_ARGUMENTS += ["trainer_state", "log_extra", "log_metric"]
+
+
+def check_columns(rewards: list[Reward], columns: list[str]):
     """Raises UserError for a reward function that demands a column which the dataset lacks."""
-    given = {*columns, *CALL_ARGUMENTS}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for reward in rewards:
         for parameter in parameters(reward.function):
-            if parameter.default is parameter.empty and parameter.kind in NAMED and parameter.name not in given:
+            demanded = parameter.kind in by_name and parameter.default is parameter.empty
+            if demanded and parameter.name not in [*columns, *CALL_ARGUMENTS]:
                 raise UserError(
                     f"reward {reward.name} needs a column '{parameter.name}', which the dataset lacks "
-                    f"(it has {', '.join(columns) or 'prompts only'})"
+                    f"(beside prompts it has {', '.join(columns) or 'none'})"
                 )
-
-
-NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-# Beside the columns. TRL's documentation spells one of them completions_ids, too.
-CALL_ARGUMENTS = (
-    "prompts", "completions", "completion_ids", "completions_ids", "trainer_state", "log_extra", "log_metric"
-)  # fmt: skip
 
 
 def parameters(function: Callable) -> list[inspect.Parameter]:
@@ -1674,7 +1720,7 @@ def score(
     """
     metrics, extra = {}, {}
     columns = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
-    check_rewards(rewards, columns)
+    check_columns(rewards, columns)
     inputs = {name: [prompt.columns.get(name) for prompt in prompts] for name in columns}
     inputs["prompts"] = [prompt.prompt for prompt in prompts]
     inputs["completions"] = [
@@ -1682,15 +1728,17 @@ def score(
         for prompt, text in zip(prompts, completions, strict=True)
     ]
     inputs["completion_ids"] = inputs["completions_ids"] = completion_ids
-    inputs |= {"trainer_state": trainer_state, "log_extra": extra.__setitem__, "log_metric": metrics.__setitem__}
+    inputs["trainer_state"] = trainer_state
+    inputs["log_extra"], inputs["log_metric"] = extra.__setitem__, metrics.__setitem__
     returned = {
         reward.name: checked_scores(reward.name, call_reward(reward, inputs, timeout), completion_ids)
         for reward in rewards
     }
-    by_function = {
-        name: torch.tensor([math.nan if v is None else float(sum(v) if isinstance(v, list) else v) for v in values])
-        for name, values in returned.items()
-    }
+
+    def as_float(value):
+        return math.nan if value is None else float(sum(value) if isinstance(value, list) else value)
+
+    by_function = {name: torch.tensor([as_float(v) for v in values]) for name, values in returned.items()}
     weights = {reward.name: reward.weight for reward in rewards}
     weighted = torch.stack([weights[name] * values for name, values in by_function.items()])  # (functions, B)
     total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), math.nan)
@@ -1709,7 +1757,8 @@ def dense_scores(
             length = len(completion_ids[i])
             steps = value if isinstance(value, list) else [0.0] * (length - 1) + [value]
             if value is not None:
-                samples[i] = [a + weights[name] * b for a, b in zip(samples[i] or [0.0] * length, steps, strict=False)]
+                before = samples[i] or [0.0] * length
+                samples[i] = [a + weights[name] * b for a, b in zip(before, steps, strict=False)]
     return samples
 
 
@@ -1768,7 +1817,7 @@ def time_limit(seconds: float):
         signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
-def checked_scores(name: str, result: Any, completion_ids: list[list[int]]) -> list[float | list[float] | None]:
+def checked_scores(name: str, result: Any, completion_ids: list[list[int]]) -> list:
     """A reward function's result as B numbers, lists of numbers (one a completion token) or None."""
     result = plain(result)
     if not isinstance(result, list):
@@ -1777,8 +1826,8 @@ def checked_scores(name: str, result: Any, completion_ids: list[list[int]]) -> l
         raise UserError(f"reward {name} returned {len(result)} scores for {len(completion_ids)} completions")
     for i, value in enumerate(result):
         if isinstance(value, list) and len(value) != len(completion_ids[i]):
-            tokens = len(completion_ids[i])
-            raise UserError(f"reward {name} gave sample {i} {len(value)} scores for {tokens} completion tokens")
+            lengths = f"{len(value)} scores for {len(completion_ids[i])} completion tokens"
+            raise UserError(f"reward {name} gave sample {i} {lengths}")
         for number in value if isinstance(value, list) else [value]:
             if number is None and value is None:
                 continue
@@ -1952,6 +2001,19 @@ def clip_and_step(run, models: list[nn.Module], optimizer) -> Tensor:
 def logprobs_without_gradient(run, model, rollout: Rollout) -> Tensor:
     """`completion_logprobs` of a whole rollout: (B, C)."""
     return in_micro_batches(run, lambda batch: completion_logprobs(model, batch, run.args.temperature), rollout)
+
+
+def values_without_gradient(run, critic: Critic, rollout: Rollout) -> Tensor:
+    """`completion_values` of a whole rollout: (B, C)."""
+    return in_micro_batches(run, lambda batch: completion_values(critic, batch), rollout)
+
+
+def mean_and_variance(run, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sample variance of x (B, C) over the mask in all processes."""
+    count, total = run.sum(mask.sum(), (x * mask).sum())
+    mean = total / max(count, 1)
+    squares = run.sum(((x - mean) * mask).square().sum())[0]
+    return torch.as_tensor(mean), torch.as_tensor(squares / max(count - 1, 1))
 
 
 def dense_table(dense: list[list[float] | None], rollout: Rollout) -> Tensor:

@@ -193,7 +193,7 @@ def main(args: Args) -> int:
     if args.num_minibatches > N:
         raise common.UserError(f"--num-minibatches {args.num_minibatches} is more than the {N} prompts of a step and process")
     rewards, eval_reward = common.load_all_rewards(args, run)
-    train_rows, eval_rows = common.load_train_and_eval_rows(args)
+    train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     policy, tokenizer, end_ids = common.load_policy(args, run)
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, train_rows, eval_rows)
     prompts = common.PromptStream(train_prompts, args.seed)

@@ -287,7 +287,7 @@ def test_stream_repeats_nothing_in_an_epoch_and_resumes_from_position(size, take
     stream = stream_of(size, seed)
     batches = [[prompt.ids[0] for prompt in stream.next(n)] for n in takes]
     assert [len(batch) for batch in batches] == takes and stream.position == sum(takes)
-    taken = sum(batches, [])
+    taken = [i for batch in batches for i in batch]
     for start in range(0, len(taken), size):
         epoch = taken[start : start + size]
         assert len(set(epoch)) == len(epoch)

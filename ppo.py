@@ -1,0 +1,289 @@
+"""Proximal Policy Optimization (PPO) for language models, in one file.
+
+The policy answers each prompt, and a critic of its own size predicts before every token what the answer will be worth.
+Only the surplus over that prediction counts as advantage. A clipped surrogate keeps each update small, and a KL term,
+subtracted from the reward token by token, keeps the policy near the frozen reference model it started from.
+
+    python ppo.py                                                                   # tiny model, about a minute, no GPU
+    python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k
+    python ppo.py --baseline none --clip-low inf --clip-high inf --kl-coef 0        # the bare score: REINFORCE
+
+Papers: PPO arXiv:1707.06347; GAE arXiv:1506.02438; PPO for language models arXiv:1909.08593 and arXiv:2203.02155.
+
+Where this differs from the papers:
+ 1. The score sits on the last valid token: the end token, or the last one of a completion that was cut off. A cut-off
+    completion is scored like any other; --truncation-penalty lowers its score.
+ 2. The critic is a separate model with a scalar head that starts at 0; both models share one learning-rate schedule.
+ 3. The learning rates decay linearly to 0.
+
+Letters: N prompts a step, G completions a prompt, B = N G sequences, P prompt tokens, C completion tokens.
+Column t of every (B, C) tensor is completion token t.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import common
+from common import flag
+
+
+@dataclass
+class Args:
+    # Model and data
+    model: str = flag("tiny", "tiny (built in), a hub id, or a directory")
+    dataset: str = flag(tiny="addition", real="gsm8k", help="addition, gsm8k, a .jsonl file, or a hub dataset id[:config]")
+    eval_dataset: str | None = flag(help="as --dataset, for evaluation (default: a held-out part of the dataset)")
+    prompt_column: str = flag("prompt", "column of the prompt, a text or a chat")
+    answer_column: str = flag("answer", "column that the built-in rewards compare with")
+    system_prompt: str | None = flag(help="put before every prompt, through the chat template")
+    trust_remote_code: bool = flag(False, "let a hub model run its own code on this machine")
+    # Reward
+    reward: list[str] = flag([], "exact, gsm8k, countdown, format, or file.py:function; may be repeated")
+    reward_weights: list[float] = flag([], "one number for each --reward")
+    reward_model: str | None = flag(help="a sequence-classification model, added to the rewards")
+    reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
+    # Sampling
+    steps: int = flag(tiny=250, real=500, help="rollouts", at_least=1)
+    prompts_per_step: int = flag(256, "N, over all processes", at_least=1)
+    samples_per_prompt: int = flag(1, "G, completions of each prompt", at_least=1)
+    max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
+    max_new_tokens: int = flag(tiny=5, real=512, help="C at most", at_least=1)
+    temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
+    # Algorithm
+    baseline: str = flag("critic", "what is subtracted from the return: the critic's value, or nothing", choices=["critic", "none"])
+    gamma: float = flag(1.0, "discount of later rewards", at_least=0, at_most=1)
+    gae_lambda: float = flag(0.95, "of generalised advantage estimation; 1: returns minus values", at_least=0, at_most=1)
+    whiten_advantages: bool = flag(True, "give advantages mean 0 and variance 1 in each rollout (with a critic only)")
+    clip_low: float = flag(0.2, "the ratio counts from 1 - this; inf: no clip", at_least=0)
+    clip_high: float = flag(0.2, "the ratio counts up to 1 + this; inf: no clip", at_least=0)
+    value_clip: float = flag(0.2, "values may leave the rollout's by this much; inf: no clip", above=0)
+    value_coef: float = flag(1.0, "weight of the value loss", above=0)
+    kl_coef: float = flag(tiny=0.001, real=0.05, help="beta, weight of the KL in the reward; 0: no reference model", at_least=0)
+    kl_estimator: str = flag("k1", "of the KL in the reward", choices=["k1", "k2", "k3"])
+    kl_target: float | None = flag(help="adapt --kl-coef so that the KL of a sequence stays near this", above=0)
+    kl_horizon: float = flag(10000, "completions over which --kl-coef adapts", above=0)
+    truncation_penalty: float = flag(0.0, "subtracted from the score of a completion without an end token", at_least=0)
+    critic_model: str | None = flag(help="what the critic starts from, its head aside (default: the policy)")
+    update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
+    num_minibatches: int = flag(tiny=2, real=1, help="optimiser steps a pass", at_least=1)
+    # Optimisation
+    learning_rate: float = flag(tiny=1.5e-3, real=1e-6, help="at its peak", above=0)
+    critic_learning_rate: float = flag(tiny=3e-3, real=1e-5, help="at its peak", above=0)
+    warmup_steps: int = flag(tiny=40, real=10, help="of linear warm-up", at_least=0)
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
+    micro_batch_tokens: int = flag(16384, "tokens in one forward and backward pass; bounds memory", at_least=1)
+    gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
+    dtype: str | None = flag(help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"])
+    device: str | None = flag(help="cuda, mps or cpu (default: the first of these that is there)")
+    seed: int = flag(1, "of everything random", at_least=0)
+    # Evaluation, logging, checkpoints
+    eval_every: int = flag(50, "steps between evaluations; 0: only before and after", at_least=0)
+    eval_prompts: int = flag(500, "held-out prompts at most", at_least=1)
+    eval_samples: int = flag(0, "n samples a prompt for pass@k, k = 1, 2, 4, ..., n; 0: greedy accuracy only", at_least=0)
+    eval_reward: str | None = flag(help="what evaluation counts as right where it gives 1 (default: the first --reward)")
+    save_every: int = flag(0, "steps between checkpoints; 0: none", at_least=0)
+    keep_checkpoints: int = flag(2, "checkpoints kept", at_least=1)
+    output_dir: str | None = flag(help="the run's folder (default: a new one under runs/)")
+    resume: str | None = flag(help="the folder of a run to go on with")
+    log_samples: int = flag(4, "completions in the table of samples", at_least=0)
+
+
+# =============================================================================
+# The mathematics
+# =============================================================================
+
+
+def rewards_to_tokens(scores: Tensor, mask: Tensor, kl: Tensor | None, kl_coef: float) -> Tensor:
+    """r_t = -beta KL_t, plus the score on the last valid token: scores (B,), mask and kl (B, C) -> (B, C)."""
+    is_last = mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
+    rewards = torch.where(is_last, scores[:, None], 0.0)
+    return rewards if kl is None else rewards - kl_coef * kl * mask
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation, eq. 16 of arXiv:1506.02438, all (B, C); the value after the last token is 0.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}.
+    """
+    advantages, next_advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = next_advantage
+    return advantages
+
+
+def whiten(x: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-8) under the mask, 0 elsewhere."""
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """rho = pi / pi_old of each token: (B, C)."""
+    return (logprobs - old_logprobs).clamp(-20, 20).exp()
+
+
+def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), eq. 7 of arXiv:1707.06347: (B, C)."""
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float) -> Tensor:
+    """0.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), of each token: (B, C)."""
+    clipped = torch.clamp(values, old_values - value_clip, old_values + value_clip)
+    return 0.5 * torch.max((values - returns).square(), (clipped - returns).square())
+
+
+def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
+    """Estimate of KL(pi || pi_ref) at each sampled token, (B, C): k1 is unbiased, k3 also never negative and less noisy."""
+    k1 = (logprobs - ref_logprobs).clamp(-20, 20)
+    if estimator == "k1":
+        return k1
+    return k1.square() / 2 if estimator == "k2" else torch.exp(-k1) + k1 - 1
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizon: float) -> float:
+    """Proportional control of beta, section 2.2 of arXiv:1909.08593: up where the sequences' KL is above the target."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * batch / horizon)
+
+
+def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Where the clip binds, so that a token gets no gradient: (B, C) of 0 and 1."""
+    return (((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))).float()
+
+
+# =============================================================================
+# Training
+# =============================================================================
+
+
+def main(args: Args) -> int:
+    # ---- Set-up: what can be wrong without a model is found before one loads ----
+    run = common.Run(args, "ppo")
+    N, G = args.prompts_per_step // run.world, args.samples_per_prompt  # of this process
+    if args.num_minibatches > N:
+        raise common.UserError(f"--num-minibatches {args.num_minibatches} is more than the {N} prompts of a step and process")
+    rewards, eval_reward = common.load_all_rewards(args, run)
+    train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
+    policy, tokenizer, end_ids = common.load_policy(args, run)
+    train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, train_rows, eval_rows)
+    prompts = common.PromptStream(train_prompts, args.seed)
+    reference = common.frozen_copy(policy, run.compute_dtype) if args.kl_coef > 0 else None
+    critic = common.load_critic(args, run, policy) if args.baseline == "critic" else None
+    sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype)
+    learners = {"policy": policy} | ({"critic": critic} if critic else {})
+    learning_rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
+    groups = [{"params": list(model.parameters()), "lr": learning_rates[name]} for name, model in learners.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    models = learners | ({"reference": reference} if reference else {})
+    state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0, "kl_coef": args.kl_coef}
+    run.open_folder(state["step"])
+    common.check_model(run, policy, sampler, tokenizer)
+    if not args.resume:
+        metrics = common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
+        run.log(0, metrics)
+        state["accuracy_before"] = metrics["eval/accuracy"]
+
+    for step in run.steps(state["step"] + 1):
+        means = common.Means()
+
+        # ---- Rollout: G completions of each of N prompts ----
+        with run.timer("rollout"):
+            sampler.refresh(policy)
+            step_prompts = [prompt for prompt in run.share(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
+            uniforms = run.share(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
+            rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
+            texts, token_ids = common.decode(tokenizer, rollout)
+
+        # ---- Score: the only thing that the policy learns from ----
+        with run.timer("reward"):
+            scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
+            rollout.scores = scores.total.to(run.device)  # (B,)
+            rollout.leave_out(scores.total.isnan())
+
+        # ---- Reference: log-probs of the same tokens under the frozen model ----
+        with run.timer("reference"):
+            if reference is not None:
+                rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
+
+        # ---- Reward: the score on the last token, less the KL on every token ----
+        mask = rollout.completion_mask  # (B, C)
+        exact = sampler.is_exact
+        rollout.old_logprobs = rollout.sampler_logprobs if exact else common.logprobs_without_gradient(run, policy, rollout)
+        kl = None if reference is None else kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
+        penalised = rollout.scores - args.truncation_penalty * rollout.truncated
+        token_rewards = rewards_to_tokens(penalised, mask, kl, state["kl_coef"])
+
+        # ---- Advantage: better or worse than the critic expected ----
+        with run.timer("values"):
+            rollout.values = common.values_without_gradient(run, critic, rollout) if critic else torch.zeros_like(token_rewards)
+        rollout.advantages = gae(token_rewards, rollout.values, mask, args.gamma, args.gae_lambda if critic else 1.0)  # (B, C)
+        rollout.returns = rollout.advantages + rollout.values
+        if critic and args.whiten_advantages:
+            mean, variance = common.mean_and_variance(run, rollout.advantages, mask)
+            rollout.advantages = whiten(rollout.advantages, mask, mean, variance)
+
+        # ---- Update: several epochs of minibatches, each one optimiser step ----
+        with run.timer("update"):
+            lr = common.learning_rate(args, step)
+            common.set_learning_rate(optimizer, lr)
+            for epoch in range(args.update_epochs):
+                order = run.permutation(step * args.update_epochs + epoch, 1, N)
+                for groups in order.tensor_split(args.num_minibatches):  # a group stays together: its prompt runs once
+                    minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
+                    tokens = run.sum(minibatch.lengths.sum())[0]
+
+                    def loss_of(batch: common.Rollout) -> Tensor:
+                        mask = batch.completion_mask  # (b, C)
+                        logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
+                        ratio = policy_ratio(logprobs, batch.old_logprobs)
+                        loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
+                        means.add("losses/policy_loss", loss, mask)
+                        means.add("losses/entropy", entropy, mask)
+                        means.add("losses/approx_kl", kl_to_reference(batch.old_logprobs, logprobs, "k3"), mask)
+                        means.add("losses/clipfrac", is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high), mask)
+                        if critic is not None:
+                            values = common.completion_values(critic, batch)
+                            v_loss = value_loss(values, batch.values, batch.returns, args.value_clip)
+                            means.add("losses/value_loss", v_loss, mask)
+                            means.add("losses/vf_clipfrac", (values - batch.values).abs() > args.value_clip, mask)
+                            loss = loss + args.value_coef * v_loss
+                        return (loss * mask).sum() / tokens
+
+                    common.accumulate_gradients(run, loss_of, minibatch, optimizer)
+                    means.add("losses/grad_norm", common.clip_and_step(run, list(learners.values()), optimizer))
+
+        # ---- Log, evaluate, save ----
+        if critic is not None:
+            residual = common.mean_and_variance(run, rollout.returns - rollout.values, mask)[1]
+            means.add("losses/explained_variance", 1 - residual / common.mean_and_variance(run, rollout.returns, mask)[1])
+        if reference is not None:
+            means.add("objective/kl", kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, "k3"), mask)
+            means.add("objective/kl_seq", kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, "k1").sum(dim=1))
+        means.add("objective/rlhf_reward", token_rewards.sum(dim=1))
+        metrics = common.step_metrics(run, rollout, scores, means)
+        metrics |= {"objective/kl_coef": state["kl_coef"], "charts/learning_rate": lr * args.learning_rate}
+        if args.kl_target is not None and reference is not None:
+            state["kl_coef"] = adapted_kl_coef(state["kl_coef"], metrics["objective/kl_seq"], args.kl_target, N * G * run.world, args.kl_horizon)
+        if args.eval_every and step % args.eval_every == 0 or step == args.steps:
+            sampler.refresh(policy)
+            metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
+        run.log(step, metrics)
+        run.log_samples(step, step_prompts, texts, rollout.scores)
+        state |= {"step": step, "accuracy": metrics.get("eval/accuracy")}
+        stopped = run.must_stop()
+        if stopped or (args.save_every and step % args.save_every == 0):
+            common.save_checkpoint(run, models, optimizer, prompts, state)
+        if stopped:
+            return run.say_stopped(step)
+
+    common.save_final(run, policy, tokenizer)
+    return run.say_done(state)
+
+
+if __name__ == "__main__":
+    common.run_script(main, Args)
