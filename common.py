@@ -155,6 +155,17 @@ def run_script(main, Args):
     sys.exit(status)
 
 
+def progress(iterable, desc, **options):
+    """A progress bar on a terminal; nothing where the output is a file, since `Run.log` prints lines there."""
+    is_hidden = os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
+    return tqdm(iterable, desc=desc, disable=is_hidden, dynamic_ncols=True, **options)
+
+
+def inner_progress(iterable, desc):
+    """A bar that shows up only where a phase takes longer than a few seconds."""
+    return progress(iterable, desc, leave=False, delay=3)
+
+
 class Run:
     """One run of a script: its device, processes and folder, what it says and logs, and whether it has to stop."""
 
@@ -170,7 +181,7 @@ class Run:
         if args.model == "tiny" and self.device.type == "cpu":
             torch.set_num_threads(1)  # its matrices are too small to share between cores
         random.seed(args.seed), torch.manual_seed(args.seed)
-        self.stop_signal, self.bar, self.last_line, self.latest = None, None, 0.0, {}
+        self.stop_signal, self.bar, self.last_line, self.latest, self.said, self.resampled, self.matrix_rate = None, None, 0.0, {}, set(), 0, None
         self.micro_batch_tokens, self.seconds, self.skipped_updates = args.micro_batch_tokens, {}, 0
         self.catch_signals()
 
@@ -217,7 +228,7 @@ class Run:
 
     def steps(self, first: int):
         """The numbers of the steps still to do, with a progress bar."""
-        self.bar = self.progress(range(first, self.args.steps + 1), initial=first - 1, total=self.args.steps, desc="steps")
+        self.bar = progress(range(first, self.args.steps + 1), "steps", initial=first - 1, total=self.args.steps)
         return self.bar
 
     @contextlib.contextmanager
@@ -301,9 +312,6 @@ class Run:
     def warn(self, text):
         self.say(f"warning: {text}")
 
-    def progress(self, iterable=None, **options):
-        """A progress bar on a terminal; nothing where the output is a file, since `log` prints lines there."""
-        return tqdm(iterable, disable=self.rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True, **options)
 
     def log(self, step, metrics):
         """Scalars to TensorBoard, and a line (or the bar's postfix) with what matters most."""
@@ -311,6 +319,7 @@ class Run:
             return
         for name, value in metrics.items():
             self.writer.add_scalar(name, float(value), step)
+        self.advise(metrics)
         names = {"reward": "reward/mean", "accuracy": "eval/accuracy", "kl": "objective/kl", "tok/s": "perf/tokens_per_second"}
         self.latest |= {k: float(metrics[name]) for k, name in names.items() if name in metrics}
         line = " ".join(f"{k} {v:,.0f}" if k == "tok/s" else f"{k} {v:.3f}" for k, v in self.latest.items())
@@ -319,6 +328,29 @@ class Run:
         elif time.time() - self.last_line > 5 or step == self.args.steps:
             self.last_line = time.time()
             print(f"step {step}/{self.args.steps} {line}", flush=True)
+
+    def advise(self, metrics):
+        """Say in plain words, once each, what the first rollout shows and what keeps a run from learning."""
+        if "reward/mean" not in metrics:
+            return
+        cut, equal = metrics["completions/truncated_ratio"], metrics.get("reward/frac_zero_std", 0.0)
+        if "first rollout" not in self.said:
+            groups = f", {equal:.0%} of groups with equal scores" if "reward/frac_zero_std" in metrics else ""
+            self.say(f"first rollout: mean score {metrics['reward/mean']:.3g}, {cut:.0%} of completions cut off{groups}")
+        advice = {
+            "first rollout": True,
+            "no completion ends: the end token was never sampled; raise --max-new-tokens": cut == 1,
+            "most completions are cut off at --max-new-tokens; raise it": 0.5 < cut < 1,
+            "all scores are equal, so nothing can be learned; look at --reward and the prompts": metrics["reward/std"] == 0,
+            "most groups have equal scores; take easier or harder prompts, or a larger --group-size": equal > 0.8 and metrics["reward/std"] > 0,
+            "the policy is more than 1 nat a token from the reference; raise --kl-coef or lower --learning-rate":
+                metrics.get("objective/kl_seq", 0.0) > metrics["completions/mean_length"],
+        }  # fmt: skip
+        for text, holds in advice.items():
+            if holds and text not in self.said:
+                self.said.add(text)
+                if text != "first rollout":
+                    self.warn(text)
 
     def log_samples(self, step, prompts, completions, scores):
         """A table of the first completions with their scores."""
@@ -376,6 +408,17 @@ class Rollout:
                 x = x[rows] if x.device == rows.device else x[device_rows]
                 picked[field.name] = x if x.dim() == 1 or field.name == "prompt_ids" else x[:, :columns]
         return Rollout(**picked)
+
+    def replace(self, rows: Tensor, other: "Rollout"):
+        """Put the sequences of `other`, which has no optional fields, in the places of `rows` (CPU indices)."""
+        other.prompt_index = other.prompt_index + self.prompt_index.max() + 1
+        for field in dataclasses.fields(self):
+            mine, new = getattr(self, field.name), getattr(other, field.name)
+            if mine is not None:
+                if mine.dim() == 2:
+                    width, on_the_left = max(mine.shape[1], new.shape[1]), field.name == "prompt_ids"
+                    mine, new = (F.pad(x, (width - x.shape[1], 0) if on_the_left else (0, width - x.shape[1])) for x in (mine, new))
+                setattr(self, field.name, mine.index_copy(0, rows.to(mine.device), new))
 
     def leave_out(self, rows: Tensor):
         """Empty the masks of `rows` (CPU, boolean): they count in no loss and no mean."""
@@ -569,9 +612,10 @@ def logit_scale(model):
 
 def float32_product(a, b):
     """a @ b as float32: rounding logits to bfloat16 would put some 0.03 of noise on every log-probability."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32:
+            return a @ b
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def head_logits(states, weight, bias, scale):
@@ -668,7 +712,7 @@ class DecodeLayout:
 
     def start(self, prompt_lengths, group, P):
         """Empty the cache for prompts of these lengths (N,); row b continues prompt group[b]."""
-        self.group, self.P, self.live = group, P, len(group)
+        self.group, self.P, self.live, self.used = group, P, len(group), P
         start, column = prompt_lengths[group][:, None], torch.arange(self.columns, device=self.device)
         self.mask[: self.live, 0, 0] = additive(column < start, self.mask.dtype)
         self.key_positions[: self.live, 0, 0] = torch.where(column < P, column, start + column - P)
@@ -756,7 +800,7 @@ class Sampler:
         is_low = self.compute_dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=is_low, cache_enabled=False):
             self.prefill(prompts, prompt_lengths, to_device(group, self.device), P, greedy)
-            for t in range(1, self.C):
+            for t in inner_progress(range(1, self.C), "sampling"):
                 if not self.is_cuda or t % 16 == 1:  # reading `finished` waits for a GPU: not at every step
                     self.drop_finished()
                 if self.cache.live == 0:
@@ -983,8 +1027,8 @@ def load_critic(args, run, policy) -> Critic:
 def frozen_copy(model, compute_dtype=torch.float32):
     """A copy that is never trained.
 
-    For a lower `compute_dtype` its matrices are stored in it: half the memory, and the same results as from float32
-    weights under autocast, which casts matrices to it anyway; vectors and the residual stream stay float32.
+    For a lower `compute_dtype` its matrices are stored in it: half the memory, and nearly the same results as from float32
+    weights under autocast, which casts all matrices but the embeddings; vectors and the residual stream stay float32.
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     if compute_dtype != torch.float32:
@@ -1342,7 +1386,7 @@ def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward
 GSM8K_INSTRUCTION = "Solve the problem step by step. Then write #### and the final number."
 
 
-def tokenize_train_and_eval(args, run, tokenizer, train_rows, eval_rows) -> tuple[list[Prompt], list[Prompt]]:
+def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on and prompts to evaluate on; says how many were dropped and how GSM8K is asked."""
     system_prompt = args.system_prompt
     if args.dataset == "gsm8k" and system_prompt is None:
@@ -1358,6 +1402,10 @@ def tokenize_train_and_eval(args, run, tokenizer, train_rows, eval_rows) -> tupl
     evaluation, eval_dropped = tokenize_prompts(eval_rows, tokenizer, system_prompt, args.max_prompt_tokens)
     if dropped + eval_dropped:
         run.warn(f"{dropped + eval_dropped} prompts longer than --max-prompt-tokens {args.max_prompt_tokens} were dropped")
+    room = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(prompt.ids) for prompt in train + evaluation)
+    if room and longest + args.max_new_tokens > room:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: with a prompt of {longest} tokens that is more than the model's {room} positions")
     if train_rows[: len(eval_rows)] == eval_rows:
         run.warn(f"with {len(train_rows)} prompts none are held out: evaluation is on training prompts")
     return train, evaluation
@@ -1564,6 +1612,15 @@ class Scores:
     dense: list[list[float] | None] | None
     metrics: dict[str, float]  # what functions gave to log_metric(name, value)
     extra: dict[str, list]  # what functions gave to log_extra(column, values)
+
+    def replace(self, rows: list[int], other: "Scores"):
+        """Put the scores of `other` in the places of `rows`."""
+        for mine, new in [(self.total, other.total), *((self.by_function[n], other.by_function[n]) for n in self.by_function)]:
+            mine[rows] = new
+        if self.dense or other.dense:
+            self.dense = self.dense or [None] * len(self.total)
+            for row, values in zip(rows, other.dense or [None] * len(rows)):
+                self.dense[row] = values
 
 
 def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
@@ -1866,11 +1923,13 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
     def count_correct(some, copies, uniforms):
         rollout = sampler.sample([prompt.ids for prompt in some], copies, uniforms)
         repeated = [prompt for prompt in some for _ in range(copies)]
-        result = score([reward], repeated, *decode(tokenizer, rollout), run.args.reward_timeout)
-        return (result.total >= 1).view(-1, copies).sum(dim=1).tolist()
+        scores = score([reward], repeated, *decode(tokenizer, rollout), run.args.reward_timeout).total
+        if uniforms is None:
+            means.add("eval/reward", scores.nan_to_num(0), ~scores.isnan())
+        return (scores >= 1).view(-1, copies).sum(dim=1).tolist()
 
     size = max(256 // max(n, 1), 1)
-    for start in run.progress(range(0, len(mine), size), desc="evaluation", leave=False, delay=3):
+    for start in inner_progress(range(0, len(mine), size), "evaluation"):
         some = mine[start : start + size]
         for prompt, correct in zip(some, count_correct(some, 1, None)):
             means.add("eval/accuracy", correct)
@@ -1903,8 +1962,8 @@ class Means:
     def add(self, name: str, x, mask: Tensor | None = None):
         """Count the numbers x (those under the mask, of the same shape), each with the same weight."""
         x = torch.as_tensor(x, dtype=torch.float32).detach()
-        mask = torch.ones_like(x) if mask is None else mask.float()
-        self.sums[name] = self.sums[name] + torch.stack([(x * mask).sum(), mask.sum()])
+        mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        self.sums[name] = self.sums[name] + torch.stack([torch.where(mask, x, 0.0).sum(), mask.sum()])
 
     def reduce(self, run) -> dict[str, float]:
         sums = {name: pair.tolist() for name, pair in self.sums.items()}
@@ -1951,7 +2010,7 @@ def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer):
     """Gradients of the sum of `loss_of(micro_batch)` over all micro-batches of `rollout`."""
     def whole():
         optimizer.zero_grad(set_to_none=True)
-        for rows in micro_batches(rollout, run.micro_batch_tokens):
+        for rows in inner_progress(micro_batches(rollout, run.micro_batch_tokens), "update"):
             with run.autocast():
                 loss = loss_of(rollout.select(rows))
             loss.backward()
@@ -2010,9 +2069,9 @@ def values_without_gradient(run, critic: Critic, rollout: Rollout) -> Tensor:
 
 def mean_and_variance(run, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sample variance of x (B, C) over the mask in all processes."""
-    count, total = run.sum(mask.sum(), (x * mask).sum())
+    count, total = run.sum(mask.sum(), torch.where(mask, x, 0.0).sum())
     mean = total / max(count, 1)
-    squares = run.sum(((x - mean) * mask).square().sum())[0]
+    squares = run.sum(torch.where(mask, x - mean, 0.0).square().sum())[0]
     return torch.as_tensor(mean), torch.as_tensor(squares / max(count - 1, 1))
 
 
@@ -2024,20 +2083,52 @@ def dense_table(dense: list[list[float] | None], rollout: Rollout) -> Tensor:
     return table.to(rollout.completion_ids.device)
 
 
-def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means) -> dict[str, float]:
+def update_flops(models: list[nn.Module], rollout: Rollout) -> float:
+    """Multiplications and additions that one epoch of updates needs: 6 for each weight of a matrix and token.
+
+    The attention products and what gradient checkpointing computes again are not counted.
+    """
+    completion_tokens = int(rollout.lengths.sum())
+    tokens = completion_tokens + int(rollout.prompt_lengths[distinct(rollout.prompt_index)[0]].sum())
+    flops = 0.0
+    for model in models:
+        backbone = model.backbone if isinstance(model, Critic) else model.base_model
+        matrices = sum(p.numel() for p in backbone.parameters() if p.dim() > 1)
+        flops += 6.0 * tokens * (matrices - backbone.get_input_embeddings().weight.numel())
+        if not isinstance(model, Critic):
+            flops += 6.0 * completion_tokens * model.get_output_embeddings().weight.numel()
+    return flops
+
+
+def matrix_rate(device, dtype) -> float:
+    """Measured rate of this device's matrix product, in operations a second."""
+    n, times = (8192, 10) if device.type == "cuda" else (512, 10)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    for repeat in range(2):  # the first warms up
+        started = time.perf_counter()
+        for _ in range(times):
+            a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return 2 * n**3 * times / (time.perf_counter() - started)
+
+
+def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners: list[nn.Module]) -> dict[str, float]:
     """What both scripts log of a step, with what the script itself has put into `means`."""
     valid = ~scores.total.isnan()
     means.add("reward/mean", scores.total.nan_to_num(0), valid)
     means.add("reward_square", scores.total.nan_to_num(0).square(), valid)
     for name, values in scores.by_function.items():
         means.add(f"reward/{name}", values.nan_to_num(0), ~values.isnan())
-    means.add("completions/mean_length", rollout.lengths)
-    means.add("completions/truncated_ratio", rollout.truncated)
+    means.add("completions/mean_length", rollout.lengths, rollout.lengths > 0)
+    means.add("completions/truncated_ratio", rollout.truncated.cpu(), rollout.lengths > 0)
     metrics = means.reduce(run)
     metrics["reward/std"] = max(metrics.pop("reward_square") - metrics["reward/mean"] ** 2, 0.0) ** 0.5
     tokens, seconds = run.sum(rollout.lengths.sum())[0], sum(run.seconds.values())
     metrics |= {f"perf/{phase}_seconds": value for phase, value in run.seconds.items()}
     metrics["perf/tokens_per_second"] = float(tokens) / seconds
+    run.matrix_rate = run.matrix_rate or matrix_rate(run.device, run.compute_dtype)
+    metrics["perf/mfu"] = run.args.update_epochs * update_flops(learners, rollout) / run.seconds["update"] / run.matrix_rate
     if run.device.type == "cuda":
         metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     else:
@@ -2093,6 +2184,8 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         except (OSError, ValueError) as error:
             run.warn(f"{folder} is damaged ({first_line(error)}); taking the one before")
             continue
+        if int(folder.name.removeprefix("step-")) >= run.args.steps:
+            raise UserError(f"--resume {run.args.resume}: that run has finished its {run.args.steps} steps")
         for name, model in models.items():
             safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"), device=str(run.device))
         saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")

@@ -46,7 +46,7 @@ class Args:
     reward_model: str | None = flag(help="a sequence-classification model, added to the rewards")
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
     # Sampling
-    steps: int = flag(tiny=250, real=500, help="rollouts", at_least=1)
+    steps: int = flag(tiny=160, real=500, help="rollouts", at_least=1)
     prompts_per_step: int = flag(32, "N, over all processes", at_least=1)
     group_size: int = flag(8, "G, completions of each prompt", at_least=2)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
@@ -54,16 +54,22 @@ class Args:
     temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
     # Algorithm
     loss: str = flag("grpo", "which of the family", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
+    advantage: str = flag("group", "score minus the group's mean (divided by the group's or the batch's spread), or minus the others'", choices=["group", "rloo", "batch"])
     scale_rewards: bool | None = flag(help="divide advantages by the group's standard deviation (default: as the paper of --loss)")
     clip_low: float | None = flag(help="the ratio counts from 1 - this; inf: no clip (default: as the paper of --loss)", at_least=0)
     clip_high: float | None = flag(help="the ratio counts up to 1 + this; inf: no clip (default: as the paper of --loss)", at_least=0)
     kl_coef: float = flag(tiny=0.001, real=0.001, help="beta, weight of the KL to the reference; 0: no reference model", at_least=0)
     kl_estimator: str = flag("k3", "of the KL to the reference", choices=["k1", "k2", "k3"])
+    ref_refresh: int = flag(0, "steps after which the reference becomes the current policy; 0: never", at_least=0)
+    tis_cap: float = flag(2.0, "bound of the weight that corrects for a sampler in lower precision; 0: no weight", at_least=0)
+    dynamic_sampling: bool = flag(False, "sample other prompts in place of those whose answers all score the same")
+    max_resamples: int = flag(3, "times a step, at most, that --dynamic-sampling does so", at_least=1, at_most=8)
+    overlong_buffer: int = flag(0, "the score falls by up to 1 over this many tokens before --max-new-tokens; 0: it does not", at_least=0)
     update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
     num_minibatches: int = flag(tiny=2, real=1, help="optimiser steps a pass", at_least=1)
     # Optimisation
     learning_rate: float = flag(tiny=1.5e-3, real=1e-6, help="at its peak", above=0)
-    warmup_steps: int = flag(tiny=40, real=10, help="of linear warm-up", at_least=0)
+    warmup_steps: int = flag(tiny=30, real=10, help="of linear warm-up", at_least=0)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     micro_batch_tokens: int = flag(16384, "tokens in one forward and backward pass; bounds memory", at_least=1)
     gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
@@ -97,22 +103,36 @@ LOSS_DEFAULTS = {
 # =============================================================================
 
 
-def group_advantages(scores: Tensor, group_size: int, scale: bool = True) -> Tensor:
+def group_advantages(scores: Tensor, group_size: int, scale: bool = True, kind: str = "group", batch_std: float = 1.0) -> Tensor:
     """How much better each completion is than the other answers to its prompt: scores (B,) -> advantages (B, 1).
 
-    A_i = (r_i - mean(r)) / (std(r) + 1e-4) within the group, section 4.1.2 of arXiv:2402.03300; without `scale` only
-    r_i - mean(r), arXiv:2503.20783. A completion without a score (NaN) is left out and gets 0.
+    group: A_i = (r_i - mean(r)) / (std(r) + 1e-4) within the group, section 4.1.2 of arXiv:2402.03300; without `scale`
+    only r_i - mean(r), arXiv:2503.20783. batch: the same with the standard deviation of all scores, `batch_std`.
+    rloo: r_i minus the mean of the others, arXiv:2402.14740. A completion without a score (NaN) is left out and gets 0.
     """
     groups = scores.view(-1, group_size)  # (N, G)
     valid = ~groups.isnan()
     count = valid.sum(dim=1, keepdim=True)
     mean = groups.nansum(dim=1, keepdim=True) / count.clamp(min=1)
-    centered = torch.where(valid, groups - mean, 0.0)
-    if scale:
-        centered = centered / ((centered.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
-    # Equal scores give exactly 0: the mean of eight times 0.1 is not 0.1 in floating point.
-    spread = groups.nan_to_num(-math.inf).amax(1, keepdim=True) - groups.nan_to_num(math.inf).amin(1, keepdim=True)
-    return torch.where(spread > 0, centered, 0.0).view(-1, 1)
+    advantages = torch.where(valid, groups - mean, 0.0)
+    if kind == "rloo":
+        advantages = advantages * count / (count - 1).clamp(min=1)
+    elif scale:
+        group_std = (advantages.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        advantages = advantages / ((batch_std if kind == "batch" else group_std) + 1e-4)
+    # Equal scores give exactly 0, although the mean of eight times 0.1 is not 0.1 in floating point.
+    return advantages.masked_fill(has_equal_scores(scores, group_size)[:, None], 0.0).view(-1, 1)
+
+
+def has_equal_scores(scores: Tensor, group_size: int) -> Tensor:
+    """Groups in which no completion is better than another, so that nothing can be learned from them: (B,) -> (N,)."""
+    groups = scores.view(-1, group_size)
+    return groups.nan_to_num(-math.inf).amax(dim=1) <= groups.nan_to_num(math.inf).amin(dim=1)
+
+
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
+    """0 up to L_max - L_cache tokens, then linearly down to -1 at L_max, eq. 13 of arXiv:2503.14476: (B,)."""
+    return -((lengths - (max_new_tokens - buffer)) / buffer).clamp(0, 1)
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, per_sequence: bool) -> Tensor:
@@ -131,6 +151,11 @@ def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high
 def cispo_loss(ratio: Tensor, advantages: Tensor, logprobs: Tensor, clip_high: float) -> Tensor:
     """-stopgrad(min(rho, 1 + eps_high)) A log pi, eq. 4 of arXiv:2506.13585: clips the weight, never the gradient: (B, C)."""
     return -ratio.clamp(max=1 + clip_high).detach() * advantages * logprobs
+
+
+def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(pi_old / pi_sampler, cap) where the sampler computes in lower precision than the trainer: (B, C), no gradient."""
+    return (old_logprobs - sampler_logprobs).clamp(-20, 20).exp().clamp(max=cap).detach()
 
 
 def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
@@ -181,6 +206,28 @@ def process_advantages(step_rewards: Tensor, group_size: int) -> Tensor:
 # =============================================================================
 
 
+def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores):
+    """DAPO's dynamic sampling, section 3.2 of arXiv:2503.14476: other prompts for groups whose scores are all equal.
+
+    Bounded by --max-resamples. Replaces them in `rollout`, `step_prompts`, `texts` and `scores`.
+    """
+    args, G = run.args, run.args.group_size
+    for attempt in range(1, args.max_resamples + 1):
+        groups = has_equal_scores(scores.total, G).nonzero()[:, 0]
+        others = run.share(prompts.next(args.prompts_per_step))[: len(groups)]
+        uniforms = run.share(run.uniforms(step, 6 + attempt, args.prompts_per_step * G, args.max_new_tokens))
+        if len(groups) == 0:
+            break
+        rows = (groups[:, None] * G + torch.arange(G)).flatten()
+        new = sampler.sample([prompt.ids for prompt in others], G, uniforms[: len(rows)])
+        new_prompts, (new_texts, new_ids) = [prompt for prompt in others for _ in range(G)], common.decode(tokenizer, new)
+        rollout.replace(rows, new)
+        scores.replace(rows.tolist(), common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout))
+        for row, prompt, text in zip(rows.tolist(), new_prompts, new_texts):
+            step_prompts[row], texts[row] = prompt, text
+        run.resampled += len(groups)
+
+
 def main(args: Args) -> int:
     default_low, default_high, default_scale = LOSS_DEFAULTS[args.loss]
     args.clip_low = default_low if args.clip_low is None else args.clip_low
@@ -195,15 +242,15 @@ def main(args: Args) -> int:
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     policy, tokenizer, end_ids = common.load_policy(args, run)
-    train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, train_rows, eval_rows)
+    train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, policy.config, train_rows, eval_rows)
     prompts = common.PromptStream(train_prompts, args.seed)
     reference = common.frozen_copy(policy, run.compute_dtype) if args.kl_coef > 0 else None
     sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     models = {"policy": policy} | ({"reference": reference} if reference else {})
     state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0}
-    run.open_folder(state["step"])
     common.check_model(run, policy, sampler, tokenizer)
+    run.open_folder(state["step"])
     if not args.resume:
         metrics = common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(0, metrics)
@@ -223,12 +270,18 @@ def main(args: Args) -> int:
         # ---- Reward: the only thing that the policy learns from ----
         with run.timer("reward"):
             scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
+            if args.dynamic_sampling:
+                resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores)
             rollout.scores = scores.total.to(run.device)  # (B,)
+            if args.overlong_buffer:
+                penalty = overlong_penalty(rollout.lengths, args.max_new_tokens, args.overlong_buffer)
+                rollout.scores = rollout.scores + penalty.to(run.device)
             rollout.leave_out(scores.total.isnan())
 
         # ---- Advantage: better or worse than the rest of the group ----
         if scores.dense is None:
-            rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards)  # (B, 1)
+            batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
+            rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
         else:
             rollout.advantages = process_advantages(common.dense_table(scores.dense, rollout), G)  # (B, C)
 
@@ -259,6 +312,8 @@ def main(args: Args) -> int:
                             loss = cispo_loss(ratio, batch.advantages, logprobs, args.clip_high)
                         else:
                             loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
+                        if args.tis_cap and not sampler.is_exact:
+                            loss = loss * importance_weights(old_logprobs, batch.sampler_logprobs, args.tis_cap)
                         if reference is not None:
                             kl = kl_to_reference(logprobs, batch.ref_logprobs, args.kl_estimator)
                             means.add("losses/kl_loss", kl, mask)
@@ -273,11 +328,16 @@ def main(args: Args) -> int:
                     means.add("losses/grad_norm", common.clip_and_step(run, [policy], optimizer))
 
         # ---- Log, evaluate, save ----
-        means.add("reward/frac_zero_std", rollout.advantages.view(N, -1).abs().amax(dim=1) == 0)
+        mask = rollout.completion_mask
+        means.add("reward/frac_zero_std", has_equal_scores(scores.total, G))
         if reference is not None:
-            means.add("objective/kl", kl_to_reference(rollout.sampler_logprobs, rollout.ref_logprobs), rollout.completion_mask)
-            means.add("objective/kl_seq", kl_to_reference(rollout.sampler_logprobs, rollout.ref_logprobs, "k1").sum(dim=1))
-        metrics = common.step_metrics(run, rollout, scores, means) | {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr * args.learning_rate}
+            k1 = kl_to_reference(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
+            means.add("objective/kl", kl_to_reference(rollout.sampler_logprobs, rollout.ref_logprobs), mask)
+            means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
+            if args.ref_refresh and step % args.ref_refresh == 0:
+                common.copy_weights(policy, reference)  # iterative GRPO, algorithm 1 of arXiv:2402.03300
+        metrics = common.step_metrics(run, rollout, scores, means, [policy]) | {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr * args.learning_rate}
+        metrics |= {"reward/resampled_groups": run.resampled} if args.dynamic_sampling else {}
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
             metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)

@@ -45,7 +45,7 @@ class Args:
     reward_model: str | None = flag(help="a sequence-classification model, added to the rewards")
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
     # Sampling
-    steps: int = flag(tiny=250, real=500, help="rollouts", at_least=1)
+    steps: int = flag(tiny=90, real=500, help="rollouts", at_least=1)
     prompts_per_step: int = flag(256, "N, over all processes", at_least=1)
     samples_per_prompt: int = flag(1, "G, completions of each prompt", at_least=1)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
@@ -71,7 +71,7 @@ class Args:
     # Optimisation
     learning_rate: float = flag(tiny=1.5e-3, real=1e-6, help="at its peak", above=0)
     critic_learning_rate: float = flag(tiny=3e-3, real=1e-5, help="at its peak", above=0)
-    warmup_steps: int = flag(tiny=40, real=10, help="of linear warm-up", at_least=0)
+    warmup_steps: int = flag(tiny=15, real=10, help="of linear warm-up", at_least=0)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     micro_batch_tokens: int = flag(16384, "tokens in one forward and backward pass; bounds memory", at_least=1)
     gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
@@ -95,11 +95,10 @@ class Args:
 # =============================================================================
 
 
-def rewards_to_tokens(scores: Tensor, mask: Tensor, kl: Tensor | None, kl_coef: float) -> Tensor:
-    """r_t = -beta KL_t, plus the score on the last valid token: scores (B,), mask and kl (B, C) -> (B, C)."""
+def on_last_token(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores (B,) on the last valid token of each completion, 0 elsewhere: (B, C)."""
     is_last = mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
-    rewards = torch.where(is_last, scores[:, None], 0.0)
-    return rewards if kl is None else rewards - kl_coef * kl * mask
+    return torch.where(is_last, scores[:, None], 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
@@ -170,7 +169,7 @@ def main(args: Args) -> int:
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     policy, tokenizer, end_ids = common.load_policy(args, run)
-    train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, train_rows, eval_rows)
+    train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, policy.config, train_rows, eval_rows)
     prompts = common.PromptStream(train_prompts, args.seed)
     reference = common.frozen_copy(policy, run.compute_dtype) if args.kl_coef > 0 else None
     critic = common.load_critic(args, run, policy) if args.baseline == "critic" else None
@@ -181,8 +180,8 @@ def main(args: Args) -> int:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     models = learners | ({"reference": reference} if reference else {})
     state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0, "kl_coef": args.kl_coef}
-    run.open_folder(state["step"])
     common.check_model(run, policy, sampler, tokenizer)
+    run.open_folder(state["step"])
     if not args.resume:
         metrics = common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(0, metrics)
@@ -210,13 +209,15 @@ def main(args: Args) -> int:
             if reference is not None:
                 rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
-        # ---- Reward: the score on the last token, less the KL on every token ----
+        # ---- Reward: the score on the last token (or token by token), less the KL on every token ----
         mask = rollout.completion_mask  # (B, C)
         exact = sampler.is_exact
         rollout.old_logprobs = rollout.sampler_logprobs if exact else common.logprobs_without_gradient(run, policy, rollout)
         kl = None if reference is None else kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
-        penalised = rollout.scores - args.truncation_penalty * rollout.truncated
-        token_rewards = rewards_to_tokens(penalised, mask, kl, state["kl_coef"])
+        token_rewards = on_last_token(rollout.scores, mask) if scores.dense is None else common.dense_table(scores.dense, rollout)
+        token_rewards = token_rewards - on_last_token(args.truncation_penalty * rollout.truncated, mask)
+        if kl is not None:
+            token_rewards = token_rewards - state["kl_coef"] * kl * mask
 
         # ---- Advantage: better or worse than the critic expected ----
         with run.timer("values"):
@@ -263,9 +264,10 @@ def main(args: Args) -> int:
             means.add("losses/explained_variance", 1 - residual / common.mean_and_variance(run, rollout.returns, mask)[1])
         if reference is not None:
             means.add("objective/kl", kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, "k3"), mask)
-            means.add("objective/kl_seq", kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, "k1").sum(dim=1))
+            k1 = kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, "k1")
+            means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
         means.add("objective/rlhf_reward", token_rewards.sum(dim=1))
-        metrics = common.step_metrics(run, rollout, scores, means)
+        metrics = common.step_metrics(run, rollout, scores, means, list(learners.values()))
         metrics |= {"objective/kl_coef": state["kl_coef"], "charts/learning_rate": lr * args.learning_rate}
         if args.kl_target is not None and reference is not None:
             state["kl_coef"] = adapted_kl_coef(state["kl_coef"], metrics["objective/kl_seq"], args.kl_target, N * G * run.world, args.kl_horizon)

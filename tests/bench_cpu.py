@@ -55,7 +55,7 @@ class Workload:
 
 
 WORKLOADS = {
-    "W1": Workload(128, 4, 40, 8, 32, 8, 12, 0.130, 256, 20),  # mean length about 6
+    "W1": Workload(128, 4, 40, 8, 32, 8, 12, 0.155, 256, 20),  # mean length about 6
     "W2": Workload(256, 6, 4096, 64, 8, 8, 128, 0.0106, 16, 7),  # 67
     "W3": Workload(256, 4, 151_936, 16, 4, 8, 64, 0.0185, 8, 5),  # 36
 }

@@ -104,3 +104,11 @@ def assert_same_gradients(got, want, tolerance=1e-4):
     scale = max(float(gradient.abs().max()) for gradient in want.values())
     for name in want:
         assert float((got[name] - want[name]).abs().max()) <= tolerance * scale, name
+
+
+def scalars(folder):
+    """name -> values in the order of their steps, of a run's TensorBoard file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}

@@ -1,0 +1,499 @@
+"""The script from its command line to its folder: one real run, what a run costs, and what is refused with one line."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import grpo
+
+ROOT = Path(__file__).parents[1]
+STEPS = 30
+
+
+def python(*arguments, cwd, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=170)
+
+
+# ---------------------------------------------------------------- one real run, seed fixed
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The built-in model and task for a few steps: (completed process, the run's folder)."""
+    folder = tmp_path_factory.mktemp("finished")
+    flags = f"--steps {STEPS} --warmup-steps 5 --eval-prompts 100 --eval-every 15 --eval-samples 2 --save-every 10 --output-dir run"
+    process = python(ROOT / "grpo.py", *flags.split(), cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return process, folder / "run"
+
+
+@pytest.fixture(scope="module")
+def events(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[1]), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def last_line(process):
+    line = process.stdout.strip().splitlines()[-1]
+    pattern = r"done steps=(\d+) eval/accuracy_before=(\d\.\d+) eval/accuracy=(\d\.\d+) seconds=(\d+\.\d+) run=(\S+)"
+    found = re.fullmatch(pattern, line)
+    assert found, line
+    return found.groups()
+
+
+def test_accuracy_rises_by_a_quarter_and_the_last_line_says_so(finished):
+    """Held-out prompts, greedy: 30 steps take this seed from about 0.3 to about 0.8."""
+    steps, before, after, seconds, run = last_line(finished[0])
+    assert int(steps) == STEPS and run == "run" and 0 < float(seconds) < 170
+    assert 0.15 < float(before) < 0.65 and float(after) > float(before) + 0.25
+    assert finished[0].stderr == ""
+
+
+def test_tensorboard_has_every_scalar_with_finite_values(events):
+    every_step = """
+        reward/mean reward/std reward/frac_zero_std reward/exact objective/kl objective/kl_seq objective/kl_coef
+        losses/policy_loss losses/approx_kl losses/clipfrac losses/entropy losses/grad_norm charts/learning_rate
+        completions/mean_length completions/truncated_ratio
+        perf/tokens_per_second perf/rollout_seconds perf/update_seconds perf/peak_memory_gb
+    """.split()
+    evaluations = "eval/accuracy eval/accuracy_easy eval/accuracy_hard eval/pass@1 eval/pass@2".split()
+    assert set(every_step + evaluations) <= set(events.Tags()["scalars"])
+    for names, steps in ((every_step, list(range(1, STEPS + 1))), (evaluations, [0, 15, STEPS])):
+        for name in names:
+            assert [event.step for event in events.Scalars(name)] == steps, name
+            assert all(torch.tensor(event.value).isfinite() for event in events.Scalars(name)), name
+
+
+def test_scalars_have_the_values_that_their_names_promise(events, finished):
+    values = {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    _, before, after, *_ = last_line(finished[0])
+    assert values["eval/accuracy"][0] == pytest.approx(float(before), abs=1e-3)
+    assert values["eval/accuracy"][-1] == pytest.approx(float(after), abs=1e-3)
+    assert all(1 <= length <= 5 for length in values["completions/mean_length"])
+    for share in ("reward/frac_zero_std", "losses/clipfrac", "completions/truncated_ratio", "reward/mean", "eval/pass@2"):
+        assert all(0 <= value <= 1 for value in values[share]), share
+    for name in ("objective/kl", "losses/approx_kl", "losses/entropy", "losses/grad_norm"):
+        assert all(value >= -1e-6 for value in values[name]), name
+    assert values["reward/exact"] == values["reward/mean"]  # the only function
+    for mean, std in zip(values["reward/mean"], values["reward/std"]):  # scores are 0 or 1
+        assert std == pytest.approx((mean * (1 - mean)) ** 0.5, abs=1e-4)
+    peak = grpo.Args.__dataclass_fields__["learning_rate"].metadata["by_model"][0]
+    schedule = type("Args", (), {"steps": STEPS, "warmup_steps": 5})
+    want = [peak * common.learning_rate(schedule, step) for step in range(1, STEPS + 1)]
+    assert values["charts/learning_rate"] == pytest.approx(want, rel=1e-5)
+    assert values["eval/pass@2"][0] >= values["eval/pass@1"][0]
+
+
+def test_tensorboard_has_arguments_and_samples_as_text(events):
+    def text(tag):
+        return events.Tensors(tag + "/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+    assert "| group_size | 8 |" in text("arguments") and f"| steps | {STEPS} |" in text("arguments")
+    header, _, *rows = text("completions/samples").splitlines()
+    assert header == "| prompt | completion | score |" and len(rows) == 4
+    assert all(re.fullmatch(r"\| \d\d\+\d\d= \| [\d+=]* \| [01] \|", row) for row in rows), rows
+
+
+def test_final_model_loads_in_transformers_and_reproduces_the_accuracy(finished):
+    """transformers' own generate, with no setting but greedy, gets as many held-out sums right as the last line says."""
+    process, run = finished
+    model = AutoModelForCausalLM.from_pretrained(run / "final").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    rows = common.addition_rows("test")[:100]
+    prompts = torch.tensor(tokenizer([row["prompt"] for row in rows]).input_ids)
+    ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=5)
+    texts = tokenizer.batch_decode(ids[:, prompts.shape[1] :], skip_special_tokens=True)
+    right = sum(text == row["answer"] for text, row in zip(texts, rows))
+    assert right / 100 == pytest.approx(float(last_line(process)[2]), abs=1e-9)
+    assert model.dtype == torch.float32 and tokenizer.eos_token == "<end>"
+
+
+def test_args_json_holds_every_argument(finished):
+    saved = json.loads((finished[1] / "args.json").read_text())
+    assert set(saved) == {field.name for field in dataclasses.fields(grpo.Args)}
+    assert (saved["steps"], saved["group_size"], saved["dataset"], saved["seed"]) == (STEPS, 8, "addition", 1)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(finished):
+    assert sorted(path.name for path in (finished[1] / "checkpoints").iterdir()) == ["step-000020", "step-000030"]
+
+
+# ---------------------------------------------------------------- what a run computes and what it does not
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """The built-in model with random weights, as a user's own directory: no warm start, milliseconds a step."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = common.tiny_tokenizer()
+    common.tiny_model(tokenizer, 0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Call of grpo.py in this process with a command line: its exit status. The working folder is an empty one."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            common.run_script(grpo.main, grpo.Args)
+        return end.value.code
+
+    return call
+
+
+SHORT = "--dataset addition --steps 2 --prompts-per-step 4 --group-size 2 --max-new-tokens 4 --eval-prompts 4 --device cpu".split()
+
+
+def counted(monkeypatch, name):
+    """List of one entry for each call of common.<name> from here on."""
+    calls, function = [], getattr(common, name)
+    monkeypatch.setattr(common, name, lambda *args, **kwargs: calls.append(name) or function(*args, **kwargs))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "flags, copies, passes",
+    [
+        ("--kl-coef 0", 0, 0),  # no reference; one update a rollout, so the old policy is the current one
+        ("--kl-coef 0.1", 1, 2),  # a reference: one pass a step
+        ("--kl-coef 0 --num-minibatches 2 --update-epochs 2", 0, 0),  # the sampler's log-probs are exact in float32
+        ("--kl-coef 0 --dtype bfloat16", 1, 0),  # the copy that samples
+        ("--kl-coef 0 --dtype bfloat16 --num-minibatches 2", 1, 2),  # and old log-probs in the trainer's precision
+    ],
+)
+def test_models_and_passes_that_are_not_needed_do_not_exist(script, monkeypatch, tiny_folder, flags, copies, passes):
+    frozen, logprobs = counted(monkeypatch, "frozen_copy"), counted(monkeypatch, "logprobs_without_gradient")
+    assert script("--model", tiny_folder, *SHORT, *flags.split()) == 0
+    assert (len(frozen), len(logprobs)) == (copies, passes)
+
+
+@pytest.mark.parametrize("loss", list(grpo.LOSS_DEFAULTS))
+def test_every_loss_runs_and_changes_the_policy(script, tiny_folder, tmp_path, capsys, loss):
+    """A reward that some get: rewards the length, so that no group is without spread."""
+    (tmp_path / "rewards.py").write_text("def length(completion_ids, **_):\n    return [float(len(i)) + sum(i) / 100 for i in completion_ids]\n")
+    reward = ["--reward", "rewards.py:length", "--learning-rate", "0.01", "--num-minibatches", "2"]
+    assert script("--model", tiny_folder, *SHORT, "--loss", loss, *reward, "--output-dir", "run") == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny_folder, tmp_path / "run/final"))
+    assert all(after[name].isfinite().all() for name in after)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert "done steps=2" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(script, tiny_folder, tmp_path):
+    (tmp_path / "rewards.py").write_text("def length(completion_ids, **_):\n    return [sum(i) / 10 for i in completion_ids]\n")
+    weights = []
+    for i, seed in enumerate((3, 3, 4)):
+        flags = ["--reward", "rewards.py:length", "--learning-rate", "0.01", "--seed", seed, "--output-dir", f"run{i}"]
+        assert script("--model", tiny_folder, *SHORT, *flags) == 0
+        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"run{i}/final").get_output_embeddings().weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_micro_batches_do_not_change_a_run(script, tiny_folder, tmp_path):
+    (tmp_path / "rewards.py").write_text("def length(completion_ids, **_):\n    return [sum(i) / 10 for i in completion_ids]\n")
+    weights = []
+    for tokens in (1, 30, 16384):
+        flags = ["--reward", "rewards.py:length", "--kl-coef", "0.1", "--micro-batch-tokens", tokens, "--output-dir", f"run{tokens}"]
+        assert script("--model", tiny_folder, *SHORT, *flags) == 0
+        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"run{tokens}/final").get_output_embeddings().weight)
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=0)
+
+
+def test_ref_refresh_makes_the_reference_the_current_policy(script, monkeypatch, tiny_folder, tmp_path):
+    """With a refresh after step 1 the KL of step 2 is 0; without one it is not."""
+    (tmp_path / "rewards.py").write_text("def length(completion_ids, **_):\n    return [sum(i) / 10 for i in completion_ids]\n")
+    kl, log = [], common.Run.log
+    monkeypatch.setattr(common.Run, "log", lambda run, step, metrics: kl.append(metrics.get("objective/kl")) or log(run, step, metrics))
+    flags = ["--reward", "rewards.py:length", "--learning-rate", "0.01", "--kl-coef", "0.1"]
+    for refresh in (0, 1):
+        assert script("--model", tiny_folder, *SHORT, *flags, "--ref-refresh", refresh, "--output-dir", f"run{refresh}") == 0
+    assert kl[1] == pytest.approx(0, abs=1e-6) and kl[2] > 1e-4  # after an evaluation: steps 1 and 2
+    assert kl[4] == pytest.approx(0, abs=1e-6) and kl[5] == pytest.approx(0, abs=1e-6)
+
+
+def test_dynamic_sampling_replaces_groups_and_keeps_prompts_texts_and_scores_together():
+    """Prompts that start with an even digit score 0 whatever is answered: others take their places, as far as allowed."""
+    run = helpers.make_run(prompts_per_step=6, group_size=3, max_new_tokens=4, max_resamples=3)
+    tokenizer = common.tiny_tokenizer()
+    sampler = common.Sampler(common.tiny_model(tokenizer, 0), {tokenizer.eos_token_id}, 1.0, 4)
+    texts = [f"{a}+{b}=" for a in range(8) for b in range(10, 13)]
+    stream = common.PromptStream([common.Prompt(tokenizer(text).input_ids, text, {}) for text in texts], seed=0)
+
+    def odd(prompts, completion_ids, **_):
+        return [sum(ids) / 10 if int(prompt[0]) % 2 else 0.0 for prompt, ids in zip(prompts, completion_ids)]
+
+    rewards = [common.Reward("odd", odd)]
+    step_prompts = [prompt for prompt in stream.next(6) for _ in range(3)]
+    rollout = sampler.sample([prompt.ids for prompt in step_prompts[::3]], 3, run.uniforms(1, 0, 18, 4))
+    texts, ids = common.decode(tokenizer, rollout)
+    scores = common.score(rewards, step_prompts, texts, ids)
+    before = int(grpo.has_equal_scores(scores.total, 3).sum())
+    kept = scores.total[~grpo.has_equal_scores(scores.total, 3).repeat_interleave(3)].tolist()
+    grpo.resample_equal_groups(run, sampler, tokenizer, stream, rewards, 1, rollout, step_prompts, texts, scores)
+
+    after = int(grpo.has_equal_scores(scores.total, 3).sum())
+    assert after < before and before <= run.resampled <= 3 * before
+    assert set(kept) <= set(scores.total.tolist())
+    new_texts, new_ids = common.decode(tokenizer, rollout)
+    assert texts == new_texts
+    assert scores.total.tolist() == pytest.approx(odd([prompt.prompt for prompt in step_prompts], new_ids))
+    assert torch.equal(scores.by_function["odd"], scores.total)
+    for b, prompt in enumerate(step_prompts):
+        assert rollout.prompt_ids[b].tolist()[-len(prompt.ids) :] == prompt.ids
+        assert step_prompts[b // 3 * 3] is prompt and rollout.prompt_index[b] == rollout.prompt_index[b // 3 * 3]
+    with torch.no_grad():  # and the log-probs are those of these tokens after these prompts
+        scored = common.completion_logprobs(sampler.model, rollout, 1.0)
+    torch.testing.assert_close(scored, rollout.sampler_logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("flags", ["--dynamic-sampling", "--advantage rloo", "--advantage batch", "--overlong-buffer 2", "--tis-cap 0 --dtype bfloat16"])
+def test_options_of_the_family_run_to_the_end(script, tiny_folder, tmp_path, flags, capsys):
+    (tmp_path / "rewards.py").write_text("def some(completion_ids, **_):\n    return [None if i[0] % 3 == 0 else sum(i) / 10 for i in completion_ids]\n")
+    assert script("--model", tiny_folder, *SHORT, "--reward", "rewards.py:some", "--eval-reward", "exact", *flags.split()) == 0
+    assert "done steps=2" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_dense_rewards_reach_the_update(script, tiny_folder, tmp_path):
+    """A list of rewards, one a token, trains; all equal ones change nothing at all."""
+    (tmp_path / "rewards.py").write_text(
+        "def dense(completion_ids, **_):\n    return [[t / 10 for t in i] for i in completion_ids]\n"
+        "def equal(completion_ids, **_):\n    return [[0.1] * len(i) for i in completion_ids]\n"
+    )
+    for name, same in (("dense", False), ("equal", True)):
+        flags = ["--reward", f"rewards.py:{name}", "--eval-reward", "exact", "--kl-coef", "0", "--output-dir", name]
+        assert script("--model", tiny_folder, *SHORT, *flags) == 0
+        before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny_folder, tmp_path / name / "final"))
+        assert all(torch.equal(before[key], after[key]) for key in before) == same
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_importing_does_nothing_but_define(tmp_path):
+    """No network, no CUDA, no argument parsing, no output, no file, no change of the process."""
+    program = f"""
+import signal, socket, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = ["x", "--no-such-flag"]
+import torch, transformers
+def refuse(*_, **__): raise AssertionError("network")
+socket.socket.connect = socket.getaddrinfo = refuse
+before = (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.initial_seed())
+import common, grpo
+assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.initial_seed())
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+"""
+    process = python("-c", program, cwd=tmp_path)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flag_is_read_somewhere():
+    """`args.<field>`, also as run.args.<field>; setting it does not count."""
+    read = set()
+    for file in ("grpo.py", "common.py"):
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                if (owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")) == "args":
+                    read.add(node.attr)
+    assert {field.name for field in dataclasses.fields(grpo.Args)} <= read
+
+
+def test_flags_take_dashes_and_underscores_and_lists_repeat():
+    args = common.parse_args(grpo.Args, ["--group_size", "4", "--prompts-per-step=6", "--reward", "exact", "--reward", "format"])
+    assert (args.group_size, args.prompts_per_step, args.reward) == (4, 6, ["exact", "format"])
+    args = common.parse_args(grpo.Args, ["--no-scale-rewards", "--clip-high", "inf", "--reward-weights", "1", "0.5"])
+    assert args.scale_rewards is False and args.clip_high == float("inf") and args.reward_weights == [1.0, 0.5]
+
+
+def test_defaults_depend_on_the_model_and_dataset_of_tiny_is_addition():
+    tiny, real = common.parse_args(grpo.Args, []), common.parse_args(grpo.Args, ["--model", "somebody/model"])
+    assert (tiny.dataset, real.dataset) == ("addition", "gsm8k")
+    for name in ("steps", "max_new_tokens", "learning_rate"):
+        assert getattr(tiny, name) != getattr(real, name)
+    assert common.parse_args(grpo.Args, ["--kl-coef", "0"]).kl_coef == 0  # 0 is no missing value
+
+
+# ---------------------------------------------------------------- what the user must mend: one line, status 2
+
+
+FILES = {
+    "good.jsonl": '{"prompt": "1+1=", "answer": "2"}\n' * 20,
+    "empty.jsonl": "",
+    "blank.jsonl": "\n  \n",
+    "broken.jsonl": '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+1=", \n',
+    "array.jsonl": '[1, 2]\n',
+    "number.jsonl": '{"prompt": 3}\n',
+    "no_answer.jsonl": '{"prompt": "1+1="}\n' * 20,
+    "rewards.py": "def good(completions, **_):\n    return [1.0] * len(completions)\n\nnot_a_function = 3\n",
+    "syntax.py": "def f(:\n",
+    "full/file.txt": "something",
+}  # fmt: skip
+
+# command line -> what the line must say; all of it found before a model loads
+BAD_INPUT = {
+    "--no-such-flag 3": "no-such-flag",
+    "--group 4": "--group",
+    "surplus": "surplus",
+    "--steps": "--steps",
+    "--group-size 1": "--group-size must be at least 2, not 1",
+    "--group-size eight": "--group-size",
+    "--group-size 2.5": "--group-size",
+    "--group-size -8": "--group-size must be at least 2, not -8",
+    "--steps 0": "--steps must be at least 1",
+    "--prompts-per-step 0": "--prompts-per-step",
+    "--max-new-tokens 0": "--max-new-tokens",
+    "--micro-batch-tokens 0": "--micro-batch-tokens",
+    "--learning-rate 0": "--learning-rate must be above 0",
+    "--learning-rate nan": "--learning-rate must be a finite number, not nan",
+    "--learning-rate inf": "--learning-rate must be a finite number",
+    "--temperature 0": "--temperature must be above 0",
+    "--temperature -1": "--temperature",
+    "--kl-coef -0.1": "--kl-coef must be at least 0",
+    "--kl-coef nan": "--kl-coef",
+    "--clip-low -0.1": "--clip-low must be at least 0",
+    "--clip-high nan": "--clip-high",
+    "--max-grad-norm 0": "--max-grad-norm",
+    "--reward-timeout nan": "--reward-timeout",
+    "--seed -1": "--seed",
+    "--seed 99999999999999999999": "--seed",
+    "--seed 2000000000000": "--seed",
+    "--loss nosuch": "--loss",
+    "--kl-estimator k4": "--kl-estimator",
+    "--dtype float16": "--dtype",
+    "--advantage gae": "--advantage",
+    "--ref-refresh -1": "--ref-refresh",
+    "--max-resamples 0": "--max-resamples",
+    "--trust-remote-code perhaps": "--trust-remote-code",
+    "--device warp": "--device warp",
+    "--num-minibatches 33": "--num-minibatches 33",
+    "--prompts-per-step 4 --num-minibatches 5": "--num-minibatches 5",
+    "--reward nosuch": "no reward 'nosuch'",
+    "--reward nosuch.py:f": "nosuch.py",
+    "--reward rewards.py:nosuch": "nosuch",
+    "--reward rewards.py:not_a_function": "not_a_function",
+    "--reward syntax.py:f": "syntax.py:1",
+    "--eval-reward nosuch": "nosuch",
+    "--reward exact --reward-weights 1 2": "--reward-weights has 2 numbers for 1",
+    "--reward exact --reward-weights nan": "--reward-weights",
+    "--reward exact --reward-weights inf": "--reward-weights",
+    "--dataset nosuch.jsonl": "nosuch.jsonl: No such file",
+    "--dataset empty.jsonl": "empty.jsonl",
+    "--dataset blank.jsonl": "blank.jsonl",
+    "--dataset broken.jsonl": "broken.jsonl:2",
+    "--dataset array.jsonl": "array.jsonl:1",
+    "--dataset number.jsonl": "number.jsonl:1",
+    "--dataset good.jsonl --prompt-column question": "--prompt-column",
+    "--dataset good.jsonl --answer-column result": "--answer-column",
+    "--dataset no_answer.jsonl": "answer",
+    "--dataset nosuch/nosuch": "nosuch/nosuch",
+    "--eval-dataset nosuch.jsonl": "nosuch.jsonl",
+    "--resume nosuch": "nosuch",
+    "--resume full": "full",
+    "--output-dir full": "--output-dir full: not empty",
+    "--output-dir rewards.py": "--output-dir rewards.py",
+    "--output-dir rewards.py/run": "--output-dir rewards.py/run",
+}
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts)
+
+
+@pytest.fixture
+def with_files(tmp_path):
+    (tmp_path / "full").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def assert_refused(status, captured, expected, folder, before):
+    assert status == 2
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("grpo.py: error: "), captured.err
+    assert expected in lines[0]
+    assert "Traceback" not in captured.out + captured.err and "Error(" not in captured.err
+    assert listing(folder) == before  # nothing was written
+
+
+@pytest.mark.parametrize("command", list(BAD_INPUT))
+def test_bad_input_is_one_line_and_status_2_before_a_model_loads(script, with_files, monkeypatch, capfd, command):
+    def load_policy(*_):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(common, "load_policy", load_policy)
+    before = listing(with_files)
+    status = script("--device", "cpu", *command.split())
+    assert_refused(status, capfd.readouterr(), BAD_INPUT[command], with_files, before)
+
+
+# found with the tokenizer or the model at hand
+BAD_WITH_MODEL = {
+    "--model nosuch": "--model nosuch",
+    "--model full": "--model full",
+    "--model DIR --system-prompt Hello": "--system-prompt",
+    "--model DIR --max-prompt-tokens 3": "--max-prompt-tokens 3",
+    "--model DIR --reward-model nosuch": "--reward-model nosuch",
+}
+
+
+@pytest.mark.parametrize("command", list(BAD_WITH_MODEL))
+def test_bad_input_that_only_the_model_shows_is_one_line_and_status_2(script, with_files, tiny_folder, capfd, command):
+    before = listing(with_files)
+    status = script(*SHORT, *command.replace("DIR", str(tiny_folder)).split())
+    assert_refused(status, capfd.readouterr(), BAD_WITH_MODEL[command], with_files, before)
+
+
+def test_more_positions_than_the_model_has_are_refused(script, with_files, capfd, tmp_path_factory):
+    """A model with a table of positions cannot write more tokens than that has."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = common.tiny_tokenizer()
+    helpers.make_model("gpt2").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    before = listing(with_files)
+    status = script("--model", folder, *SHORT, "--max-new-tokens", "100")
+    assert_refused(status, capfd.readouterr(), "--max-new-tokens", with_files, before)
+
+
+def test_a_reward_that_fails_in_the_run_is_one_line_and_status_2(script, with_files, tiny_folder, capfd):
+    (with_files / "fails.py").write_text("def f(completions, **_):\n    return [1 / 0 for _ in completions]\n")
+    assert script("--model", tiny_folder, *SHORT, "--reward", "fails.py:f") == 2
+    error = capfd.readouterr().err.splitlines()
+    assert len(error) == 1 and "fails.py:2" in error[0] and "ZeroDivisionError" in error[0]
+
+
+def test_bad_input_in_a_process_of_its_own(with_files):
+    command = "--dataset broken.jsonl"
+    before = listing(with_files)
+    process = python(ROOT / "grpo.py", *command.split(), cwd=with_files)
+    assert process.returncode == 2 and process.stdout == "" and listing(with_files) == before
+    assert process.stderr.startswith("grpo.py: error: ") and process.stderr.count("\n") == 1
+    assert BAD_INPUT[command] in process.stderr
+
+
+def test_help_names_every_flag(script, capsys):
+    assert script("--help") == 0
+    text = capsys.readouterr().out
+    assert all("--" + field.name.replace("_", "-") in text for field in dataclasses.fields(grpo.Args))

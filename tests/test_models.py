@@ -1,0 +1,184 @@
+"""What a user brings works as it is: model families, tokenizers, chat templates, reward files and models, dense rewards."""
+
+import json
+import math
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+import common
+import grpo
+import helpers
+import ppo
+
+WORDS = ["<pad>", "<end>", "<user>", "<assistant>", "<other-end>", *"abcdefghijklmnopqrstuvwx"]
+CHAT = "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<assistant>' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def save_tokenizer(folder, **special):
+    """A tokenizer of single characters with the given special tokens."""
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    raw.decoder = tokenizers.decoders.Fuse()
+    if special.pop("adds_bos", False):
+        raw.post_processor = tokenizers.processors.TemplateProcessing(single="<user> $A", special_tokens=[("<user>", 2)])
+    template = special.pop("chat_template", None)
+    extra = ["<user>", "<assistant>", "<other-end>"]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=extra, **special)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+def save_model(folder, family="llama", ends=1, **special):
+    model = helpers.make_model(family)
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(folder)
+    save_tokenizer(folder, **({"eos_token": "<end>"} | special))
+    return str(folder)
+
+
+def save_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return save_rows(tmp_path / "texts.jsonl", [{"prompt": "abc"[: 1 + i % 3] + "de" * (i % 4), "answer": "b"} for i in range(24)])
+
+
+@pytest.fixture
+def reward_file(tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "def many_b(completions, **kwargs):\n    return [float(c.count('b')) for c in completions]\n"
+        "def chat_b(prompts, completions, answer, **kwargs):\n    return [float(c[0]['content'].count(a)) for c, a in zip(completions, answer)]\n"
+        "def each_b(completions, completion_ids, **kwargs):\n    return [[float(i == 6) for i in ids] for ids in completion_ids]\n"
+        "def sometimes(completions, **kwargs):\n    return [None if i % 3 == 0 else float(i) for i in range(len(completions))]\n"
+    )
+    return str(path)
+
+
+def train(script, tmp_path, *flags, steps=2):
+    """Run a script's main for a few steps; returns its folder."""
+    folder = tmp_path / "run"
+    small = ["--steps", steps, "--prompts-per-step", 4, "--max-new-tokens", 6, "--eval-every", 0, "--learning-rate", 1e-2, "--device", "cpu"]
+    argv = [*small, "--output-dir", folder, *flags]
+    assert script.main(common.parse_args(script.Args, [str(x) for x in argv])) == 0
+    return folder
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gpt2", "gemma", "mixtral"])
+def test_both_scripts_train_every_family_and_save_what_transformers_loads(family, tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model", family)
+    before = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
+    for script in (grpo, ppo):
+        (tmp_path / script.__name__).mkdir()
+        folder = train(script, tmp_path / script.__name__, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+        after = transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
+        assert after.config._attn_implementation != "flat_row"
+        assert any(not torch.equal(before[name], weight) for name, weight in after.state_dict().items())
+        assert transformers.AutoTokenizer.from_pretrained(folder / "final")("abc").input_ids == [5, 6, 7]
+
+
+@pytest.mark.parametrize("special", [{}, {"pad_token": "<end>"}, {"pad_token": "<pad>"}, {"adds_bos": True, "bos_token": "<user>"}], ids=str)
+def test_tokenizers_without_pad_with_pad_equal_to_end_and_with_bos(special, tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model", **special)
+    train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_all_end_tokens_of_the_generation_config_end_a_completion(tmp_path, texts, reward_file, capsys):
+    model = save_model(tmp_path / "model", ends=[1, 4])
+    train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+    assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
+
+
+def test_model_without_any_end_token_is_refused(tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model", ends=None, eos_token=None, pad_token="<pad>")
+    config = json.loads((tmp_path / "model/config.json").read_text()) | {"eos_token_id": None}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(common.UserError, match="end token"):
+        train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_chat_prompts_go_through_the_template_and_reach_rewards_as_messages(tmp_path, reward_file):
+    model = save_model(tmp_path / "model", chat_template=CHAT)
+    chats = save_rows(tmp_path / "chats.jsonl", [{"prompt": [{"role": "user", "content": c}], "answer": "b"} for c in "abcdefghijkl"])
+    train(grpo, tmp_path, "--model", model, "--dataset", chats, "--reward", f"{reward_file}:chat_b")
+
+
+def test_chat_prompts_without_a_template_are_refused(tmp_path, reward_file):
+    model = save_model(tmp_path / "model")
+    chats = save_rows(tmp_path / "chats.jsonl", [{"prompt": [{"role": "user", "content": "a"}]}] * 12)
+    with pytest.raises(common.UserError, match="chat template"):
+        train(grpo, tmp_path, "--model", model, "--dataset", chats, "--reward", f"{reward_file}:many_b")
+
+
+def test_too_many_tokens_for_the_models_positions_are_refused(tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model", "gpt2")
+    with pytest.raises(common.UserError, match="--max-new-tokens 60: .* 64 positions"):
+        train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b", "--max-new-tokens", 60)
+
+
+@pytest.mark.parametrize("script", [grpo, ppo])
+def test_dense_rewards_and_samples_without_a_score_train(script, tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model")
+    flags = ["--model", model, "--dataset", texts, "--reward", f"{reward_file}:each_b", "--reward", f"{reward_file}:sometimes"]
+    folder = train(script, tmp_path, *flags, "--reward-weights", 1, 0.1)
+    scalars = helpers.scalars(folder)
+    assert {"reward/each_b", "reward/sometimes"} <= set(scalars) and math.isfinite(scalars["losses/policy_loss"][-1])
+
+
+@pytest.mark.parametrize("script", [grpo, ppo])
+def test_dense_rewards_reach_the_advantages_token_by_token(script, tmp_path, texts, reward_file, monkeypatch):
+    seen = []
+    select = common.Rollout.select
+    monkeypatch.setattr(common.Rollout, "select", lambda self, rows: seen.append(self) or select(self, rows))
+    model = save_model(tmp_path / "model")
+    flags = ["--model", model, "--dataset", texts, "--reward", f"{reward_file}:each_b", "--kl-coef", 0]
+    train(script, tmp_path, *flags, *(["--baseline", "none"] if script is ppo else []), steps=1)
+    rollout = next(r for r in seen if r.advantages is not None)
+    steps = (rollout.completion_ids == 6) & rollout.completion_mask
+    to_come = steps.float().flip(1).cumsum(1).flip(1)
+    if script is ppo:  # as they are: the return of a token is the sum of the rewards still to come
+        assert torch.equal(rollout.returns, to_come * rollout.completion_mask)
+    else:  # all steps are worth the same here, so that none is better than the group
+        assert rollout.advantages.shape == steps.shape and (rollout.advantages == 0).all()
+    assert steps.any()
+
+
+def test_reward_model_with_a_tokenizer_of_its_own_scores_prompt_and_completion(tmp_path, texts):
+    model = save_model(tmp_path / "model")
+    config = transformers.LlamaConfig(**helpers.SIZES, num_labels=1)
+    judge = transformers.AutoModelForSequenceClassification.from_config(config)
+    judge.save_pretrained(tmp_path / "judge")
+    save_tokenizer(tmp_path / "judge", eos_token="<end>", adds_bos=True)
+    folder = train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward-model", tmp_path / "judge")
+    assert math.isfinite(helpers.scalars(folder)["reward/reward_model"][-1])
+    args = common.parse_args(grpo.Args, ["--reward-model", str(tmp_path / "judge"), "--device", "cpu"])
+    reward = common.load_reward_model(args, common.Run(args, "test"))
+    got = reward(prompts=["ab", "abc", "b"], completions=["c", "d", "aaaa"])
+    for text, score in zip(["abc", "abcd", "baaaa"], got):
+        ids = torch.tensor([[2, *(WORDS.index(c) for c in text)]])
+        assert score == pytest.approx(judge.eval()(ids).logits.item(), abs=1e-5)
+
+
+def test_critic_starts_from_another_model(tmp_path, texts, reward_file):
+    model, critic = save_model(tmp_path / "model"), save_model(tmp_path / "critic", "qwen2")
+    train(ppo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b", "--critic-model", critic)
+
+
+def test_pass_at_k_is_reported_for_powers_of_two(tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model")
+    folder = train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b", "--eval-samples", 6)
+    scalars = helpers.scalars(folder)
+    curve = [scalars[f"eval/pass@{k}"][-1] for k in (1, 2, 4, 6)]
+    assert curve == sorted(curve) and 0 < curve[0] < curve[-1] <= 1
+
+
+def test_a_reward_that_cannot_teach_is_said(tmp_path, texts, capsys):
+    model = save_model(tmp_path / "model")
+    train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", "format")
+    assert "warning: all scores are equal" in capsys.readouterr().out
