@@ -100,9 +100,14 @@ def parse_args(Args, argv=None):
     """
     plain, hints = [], typing.get_type_hints(Args)
     for f in dataclasses.fields(Args):  # HfArgumentParser would hand the bounds to argparse, so it gets a plain copy
-        field = dataclasses.field(default=f.default, default_factory=f.default_factory, metadata=f.metadata["argument"])
+        argument = f.metadata["argument"] | ({"nargs": "?", "const": True} if hints[f.name] == bool | None else {})
+        field = dataclasses.field(default=f.default, default_factory=f.default_factory, metadata=argument)
         plain.append((f.name, hints[f.name], field))
     parser = OneLineParser(dataclasses.make_dataclass("Arguments", plain), prog=Path(inspect.getfile(Args)).name, allow_abbrev=False)
+    for f in dataclasses.fields(Args):  # HfArgumentParser gives --no-… only to flags whose default is True
+        if bool in (hints[f.name], *typing.get_args(hints[f.name])) and f.default is not True:
+            forms = {f"--no-{f.name.replace('_', '-')}", f"--no_{f.name}"}
+            parser.add_argument(*sorted(forms), dest=f.name, action="store_false", help=argparse.SUPPRESS)
     parser.parse_args(argv)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -125,17 +130,18 @@ def check_args(args):
         (at_least, above, at_most), by_model = f.metadata["bounds"], f.metadata["by_model"]
         if getattr(args, f.name) is None and by_model != (None, None):
             setattr(args, f.name, by_model[args.model != "tiny"])
-        value, name = getattr(args, f.name), "--" + f.name.replace("_", "-")
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            continue
-        if math.isnan(value) or (math.isinf(value) and not f.name.startswith("clip")):
-            raise UserError(f"{name} must be a finite number, not {value}")
-        if at_least is not None and value < at_least:
-            raise UserError(f"{name} must be at least {at_least}, not {value}")
-        if above is not None and value <= above:
-            raise UserError(f"{name} must be above {above}, not {value}")
-        if at_most is not None and value > at_most:
-            raise UserError(f"{name} must be at most {at_most}, not {value}")
+        given, name = getattr(args, f.name), "--" + f.name.replace("_", "-")
+        for value in given if isinstance(given, list) else [given]:
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
+            if math.isnan(value) or (math.isinf(value) and "clip" not in f.name):  # an infinite clip is none
+                raise UserError(f"{name} must be a finite number, not {value}")
+            if at_least is not None and value < at_least:
+                raise UserError(f"{name} must be at least {at_least}, not {value}")
+            if above is not None and value <= above:
+                raise UserError(f"{name} must be above {above}, not {value}")
+            if at_most is not None and value > at_most:
+                raise UserError(f"{name} must be at most {at_most}, not {value}")
     return args
 
 
@@ -148,6 +154,9 @@ def run_script(main, Args):
         status = main(parse_args(Args))
     except UserError as error:
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except torch.cuda.OutOfMemoryError as error:  # outside of the micro-batches, which shrink by themselves
+        print(f"{script}: error: out of GPU memory: take fewer --prompts-per-step or --max-new-tokens ({first_line(error)})", file=sys.stderr)
         status = 2
     finally:
         if dist.is_initialized():
@@ -166,6 +175,17 @@ def inner_progress(iterable, desc):
     return progress(iterable, desc, leave=False, delay=3)
 
 
+def check_new_folder(folder):
+    """Raises UserError unless `folder` is empty or can be made; makes nothing."""
+    parents = [path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists()]
+    if not parents[0].is_dir():
+        raise UserError(f"--output-dir {folder}: {parents[0]} is a file")
+    if parents[0] == Path(folder) and any(parents[0].iterdir()):
+        raise UserError(f"--output-dir {folder}: not empty, and nothing in it shall be overwritten (--resume goes on in a run)")
+    if not os.access(parents[0], os.W_OK):
+        raise UserError(f"--output-dir {folder}: {parents[0]} cannot be written to")
+
+
 class Run:
     """One run of a script: its device, processes and folder, what it says and logs, and whether it has to stop."""
 
@@ -174,6 +194,8 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = self.choose_device(args.device)
         self.compute_dtype = self.choose_dtype(args.dtype)
+        if not args.resume and args.output_dir:
+            check_new_folder(args.output_dir)
         if args.prompts_per_step % self.world:
             raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {self.world} processes")
         if self.world > 1:
@@ -191,11 +213,11 @@ class Run:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if not available.get(name.split(":")[0]):
             raise UserError(f"--device {name}: not available here (one of cuda, mps, cpu; by default the first that is there)")
-        if name == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-            return device
-        return torch.device(name)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and nearly each micro-batch has its own
+        return device
 
     def choose_dtype(self, name):
         name = name or ("bfloat16" if self.device.type == "cuda" else "float32")
@@ -220,6 +242,14 @@ class Run:
         total = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def max(self, number) -> float:
+        """The largest of the processes' numbers."""
+        if self.world == 1:
+            return number
+        numbers = [None] * self.world
+        dist.all_gather_object(numbers, number)
+        return max(numbers)
 
     def share(self, items):
         """This process's part of a list or tensor that all processes have."""
@@ -255,8 +285,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not args.resume:
-                if any(self.folder.iterdir()):
-                    raise UserError(f"--output-dir {self.folder}: not empty, and nothing in it shall be overwritten (--resume goes on in a run)")
+                check_new_folder(self.folder)
                 (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
             self.writer = SummaryWriter(self.folder, purge_step=resumed_at + 1 if resumed_at else None)
         except OSError as error:
@@ -411,9 +440,10 @@ class Rollout:
 
     def replace(self, rows: Tensor, other: "Rollout"):
         """Put the sequences of `other`, which has no optional fields, in the places of `rows` (CPU indices)."""
-        other.prompt_index = other.prompt_index + self.prompt_index.max() + 1
         for field in dataclasses.fields(self):
             mine, new = getattr(self, field.name), getattr(other, field.name)
+            if field.name == "prompt_index":
+                new = new + mine.max() + 1
             if mine is not None:
                 if mine.dim() == 2:
                     width, on_the_left = max(mine.shape[1], new.shape[1]), field.name == "prompt_ids"
@@ -447,7 +477,8 @@ def flat_row_attention(module, query, key, value, attention_mask, scaling=None, 
     if layout is None or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise UserError(f"--model: the attention of {type(module).__name__} is of a kind that this project does not run")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (n, heads, D)
+    # Rotary positions leave query and key in float32 under autocast; the cache and the kernels want the compute dtype.
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (n, heads, D)
     return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window)[None], None
 
 
@@ -487,6 +518,8 @@ class PackedLayout:
     def __init__(self, prompt_lengths, group, lengths, device, cache=None):
         inputs = (lengths - 1).clamp(min=0)
         self.n, self.P, self.b, self.C = len(prompt_lengths), int(prompt_lengths.max()), len(group), int(inputs.max())
+        if self.C and device.type == "cuda":
+            self.C += -(self.P + self.C) % 16  # else attention copies the mask in every layer, to align its rows
         self.prompt_row, self.prompt_column = grid(prompt_lengths)
         self.input_row, self.input_column = grid(inputs)
         self.prompt_tokens = len(self.prompt_row)
@@ -542,7 +575,7 @@ def additive(allowed, dtype):
 def pad(x, slots, rows, columns):
     """Tokens (n, heads, D) to their slots of a table (rows, heads, columns, D), zeros elsewhere."""
     if len(x) < rows * columns:
-        x = x.new_zeros(rows * columns, *x.shape[1:]).index_copy(0, slots, x)
+        x = x.new_zeros(rows * columns, *x.shape[1:]).index_copy_(0, slots, x)
     return x.reshape(rows, columns, *x.shape[1:]).transpose(1, 2)
 
 
@@ -631,13 +664,15 @@ class HeadLogprobs(torch.autograd.Function):
 
     The softmax of a chunk is written over its logits, and its gradient over the softmax. With `keep` the softmax waits
     for the backward pass, else it is computed again there: one matrix product more, but one chunk at most in memory.
+    A GPU takes larger chunks: with few rows its matrix products, and the sum of their weight gradients, wait for memory.
     """
 
     CHUNK, KEEP = 2**25, 2**27  # numbers in a chunk of logits (128 MiB) and in all softmaxes kept (512 MiB)
 
     @staticmethod
-    def chunks(n, vocabulary):
-        size = max(HeadLogprobs.CHUNK // vocabulary, 1)
+    def chunks(states, vocabulary):
+        numbers = torch.cuda.get_device_properties(states.device).total_memory // 320 if states.is_cuda else HeadLogprobs.CHUNK
+        size, n = max(numbers // vocabulary, 1), len(states)
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
     @staticmethod
@@ -646,7 +681,7 @@ class HeadLogprobs(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         low_states, low_weight = states.to(dtype), weight.to(dtype)
         logprobs, entropy, kept = [states.new_zeros(0, dtype=torch.float32)], [], []
-        for chunk in HeadLogprobs.chunks(len(states), len(weight)):
+        for chunk in HeadLogprobs.chunks(states, len(weight)):
             logits = head_logits(low_states[chunk], low_weight, bias, scale)
             logits -= logits.max(dim=-1, keepdim=True).values
             target_logits = logits.gather(1, targets[chunk, None])[:, 0]
@@ -654,7 +689,8 @@ class HeadLogprobs(torch.autograd.Function):
             total = softmax.sum(dim=-1)
             logprobs.append(target_logits - total.log())
             if with_entropy:  # H = log Z - sum p z; as a product of rows it needs no third table
-                entropy.append(total.log() - torch.bmm(softmax[:, None], logits[:, :, None])[:, 0, 0] / total)
+                with torch.autocast(device, enabled=False):  # which would round both tables
+                    entropy.append(total.log() - torch.bmm(softmax[:, None], logits[:, :, None])[:, 0, 0] / total)
             if keep:
                 kept.append(softmax.div_(total[:, None]))
         ctx.save_for_backward(low_states, weight, bias, targets)
@@ -671,7 +707,7 @@ class HeadLogprobs(torch.autograd.Function):
         grad_states = torch.empty(states.shape, dtype=ctx.states_dtype, device=states.device)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None else None
-        for i, chunk in enumerate(HeadLogprobs.chunks(len(states), len(weight))):
+        for i, chunk in enumerate(HeadLogprobs.chunks(states, len(weight))):
             if kept:
                 grad, kept[i] = kept[i], None
             else:
@@ -753,14 +789,26 @@ class DecodeLayout:
 def draw(logits, uniform):
     """Tokens (n,) from softmax(logits (n, V)) by inverting its cumulative distribution at uniform (n,) in [0, 1).
 
-    One random number a row instead of V; the same distribution. Also the tokens' log-probabilities (n,).
+    One random number a row instead of V; the same distribution. Also the tokens' log-probabilities (n,). First among
+    blocks of tokens, then within one: a running sum over the whole vocabulary is slow on a GPU, and rounds.
     """
     probs = logits.softmax(dim=-1)
-    cumulative = probs.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, point, right=True)  # the first whose cumulative is above the point
-    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+    size = max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if probs.shape[1] % n == 0)
+    blocks = probs.view(len(probs), -1, size)
+    block, rest = invert(blocks.sum(dim=-1), uniform[:, None])
+    chosen = blocks.gather(1, block[:, :, None].expand(-1, 1, size))[:, 0]  # (n, size)
+    token, _ = invert(chosen, rest)
+    return (block * size + token)[:, 0], chosen.gather(1, token)[:, 0].log()
+
+
+def invert(weights, share):
+    """Which of the weights (n, k) a share (n, 1) in [0, 1) of their sum falls into, and at which share of that one."""
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
+    point = share * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, point, right=True).clamp_(max=weights.shape[1] - 1)
+    weight = weights.gather(1, index)
+    rest = (point - cumulative.gather(1, index) + weight) / weight
+    return index, rest.clamp(0, 1 - 2**-24)
 
 
 class Sampler:
@@ -779,7 +827,7 @@ class Sampler:
         self.pad_id, self.temperature, self.C = min(end_ids), temperature, max_new_tokens
         self.device = next(policy.parameters()).device
         self.end_ids = torch.tensor(sorted(end_ids), device=self.device)
-        self.compute_dtype, self.cache, self.graphs = compute_dtype, None, {}
+        self.compute_dtype, self.cache, self.graphs, self.pool, self.stream = compute_dtype, None, {}, None, None
         self.is_cuda = self.device.type == "cuda"
 
     def refresh(self, policy):
@@ -797,7 +845,8 @@ class Sampler:
         B, P, greedy = len(prompts) * group_size, int(prompt_lengths.max()), uniforms is None
         group = torch.arange(len(prompts)).repeat_interleave(group_size)
         self.allocate(B, P, uniforms)
-        is_low = self.compute_dtype != torch.float32
+        is_low, was_training = self.compute_dtype != torch.float32, self.model.training
+        self.model.eval()  # in training gradient checkpointing reads the random state, which a graph cannot capture
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=is_low, cache_enabled=False):
             self.prefill(prompts, prompt_lengths, to_device(group, self.device), P, greedy)
             for t in inner_progress(range(1, self.C), "sampling"):
@@ -807,6 +856,7 @@ class Sampler:
                     break
                 self.cache.used = min(-(-(P + t) // self.block) * self.block, self.cache.columns)
                 self.step(greedy) if not self.is_cuda else self.replay(greedy)
+        self.model.train(was_training)
         return self.rollout(prompts, prompt_lengths, group)
 
     def allocate(self, B, P, uniforms):
@@ -814,7 +864,8 @@ class Sampler:
         self.block = 128 if self.is_cuda else 1
         columns = -(-(P + self.C) // self.block) * self.block
         if self.cache is None or self.cache.rows < B or self.cache.columns < columns:
-            self.graphs, self.cache = {}, DecodeLayout(B, columns, self.device, self.compute_dtype)
+            self.graphs, self.pool, self.cache = {}, None, None  # frees the old cache before the new one
+            self.cache = DecodeLayout(B, columns, self.device, self.compute_dtype)
             self.tokens, self.sequence, self.lengths = (torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(3))
             self.finished = torch.zeros(B, dtype=torch.bool, device=self.device)
             self.t = torch.zeros(1, dtype=torch.long, device=self.device)
@@ -869,15 +920,16 @@ class Sampler:
         key = (self.cache.live, self.cache.used, greedy)
         if key not in self.graphs:
             saved = [x.clone() for x in self.state()]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            # One stream for all warm-ups and captures: cuBLAS keeps a workspace for each stream that it has seen.
+            self.stream = self.stream or torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 self.step(greedy)  # warms up what must not happen during the capture
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.graphs.get("pool")):
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.step(greedy)
-            self.graphs.setdefault("pool", self.graphs[key].pool())
+            self.graphs[key], self.pool = graph, graph.pool()
             for x, old in zip(self.state(), saved):
                 x.copy_(old)
         self.graphs[key].replay()
@@ -893,7 +945,7 @@ class Sampler:
         live = int((~finished).sum())
         if self.is_cuda:  # by halves, so that few shapes occur
             halved = self.cache.live
-            while live and live <= halved // 2:
+            while live and live <= halved // 2 and halved >= 32:  # fewer rows than 16 take the same time
                 halved //= 2
             live = halved if live else 0
         if live == self.cache.live:
@@ -1021,19 +1073,26 @@ def load_critic(args, run, policy) -> Critic:
         backbone = load_model(AutoModel, args.critic_model, "--critic-model", args)
         if backbone.get_input_embeddings().num_embeddings < policy.get_input_embeddings().num_embeddings:
             raise UserError(f"--critic-model {args.critic_model}: its vocabulary is smaller than the policy's; it has to have the same tokens")
+        if args.gradient_checkpointing:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return Critic(backbone).to(run.device)
 
 
 def frozen_copy(model, compute_dtype=torch.float32):
     """A copy that is never trained.
 
-    For a lower `compute_dtype` its matrices are stored in it: half the memory, and nearly the same results as from float32
-    weights under autocast, which casts all matrices but the embeddings; vectors and the residual stream stay float32.
+    For a lower `compute_dtype` its matrices and their biases are stored in it: half the memory, and nearly the same results
+    as from float32 weights under autocast, which casts all of these but the embeddings; norms and the residual stream stay
+    float32.
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     if compute_dtype != torch.float32:
-        for parameter in frozen.parameters():
-            parameter.data = parameter.data.to(compute_dtype) if parameter.dim() > 1 else parameter.data
+        for module in frozen.modules():
+            own = list(module.parameters(recurse=False))
+            matrices = [parameter for parameter in own if parameter.dim() > 1]
+            # Biases go with their matrix, but for the head's, since logits are float32.
+            for parameter in own if matrices and module is not frozen.get_output_embeddings() else matrices:
+                parameter.data = parameter.data.to(compute_dtype)
         frozen.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
     return frozen
 
@@ -1122,6 +1181,7 @@ def check_model(run, model, sampler, tokenizer):
     """
     vocabulary = model.config.get_text_config().vocab_size
     prompts = [(run.uniforms(0, 3, n) * vocabulary).long().tolist() for n in (5, 9)]
+    sampler.refresh(model)  # a resumed run has loaded the weights since the sampler was made
     rollout = sampler.sample(prompts, 2, run.uniforms(0, 4, 4, sampler.C))
     with torch.no_grad(), run.autocast():
         ours = completion_logprobs(model, rollout, sampler.temperature)

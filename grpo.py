@@ -75,7 +75,7 @@ class Args:
     gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
     dtype: str | None = flag(help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"])
     device: str | None = flag(help="cuda, mps or cpu (default: the first of these that is there)")
-    seed: int = flag(1, "of everything random", at_least=0)
+    seed: int = flag(1, "of everything random", at_least=0, at_most=2**32 - 1)
     # Evaluation, logging, checkpoints
     eval_every: int = flag(50, "steps between evaluations; 0: only before and after", at_least=0)
     eval_prompts: int = flag(500, "held-out prompts at most", at_least=1)
@@ -163,7 +163,7 @@ def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3
     k1 = (logprobs - ref_logprobs).clamp(-20, 20)
     if estimator == "k1":
         return k1
-    return k1.square() / 2 if estimator == "k2" else torch.exp(-k1) + k1 - 1  # eq. 4 of arXiv:2402.03300
+    return k1.square() / 2 if estimator == "k2" else torch.expm1(-k1) + k1  # eq. 4 of arXiv:2402.03300
 
 
 def token_weights(loss: str, mask: Tensor, sequences: float, tokens: float, max_new_tokens: int) -> Tensor:
@@ -180,7 +180,7 @@ def token_weights(loss: str, mask: Tensor, sequences: float, tokens: float, max_
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Where the clip binds, so that a token gets no gradient: (B, C) of 0 and 1."""
+    """Where the clip of the surrogate binds, so that a token gets no gradient: (B, C) of 0 and 1."""
     return (((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))).float()
 
 
@@ -214,10 +214,13 @@ def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollo
     args, G = run.args, run.args.group_size
     for attempt in range(1, args.max_resamples + 1):
         groups = has_equal_scores(scores.total, G).nonzero()[:, 0]
-        others = run.share(prompts.next(args.prompts_per_step))[: len(groups)]
-        uniforms = run.share(run.uniforms(step, 6 + attempt, args.prompts_per_step * G, args.max_new_tokens))
-        if len(groups) == 0:
+        most = int(run.max(len(groups)))  # all processes take the same number of prompts from the stream
+        if most == 0:
             break
+        others = run.share(prompts.next(most * run.world))[: len(groups)]
+        uniforms = run.share(run.uniforms(step, 6 + attempt, most * run.world * G, args.max_new_tokens))
+        if len(groups) == 0:
+            continue
         rows = (groups[:, None] * G + torch.arange(G)).flatten()
         new = sampler.sample([prompt.ids for prompt in others], G, uniforms[: len(rows)])
         new_prompts, (new_texts, new_ids) = [prompt for prompt in others for _ in range(G)], common.decode(tokenizer, new)
@@ -283,6 +286,7 @@ def main(args: Args) -> int:
             batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
             rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
         else:
+            # Process supervision: --advantage, --no-scale-rewards and --overlong-buffer do not act on it.
             rollout.advantages = process_advantages(common.dense_table(scores.dense, rollout), G)  # (B, C)
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----

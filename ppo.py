@@ -77,7 +77,7 @@ class Args:
     gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
     dtype: str | None = flag(help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"])
     device: str | None = flag(help="cuda, mps or cpu (default: the first of these that is there)")
-    seed: int = flag(1, "of everything random", at_least=0)
+    seed: int = flag(1, "of everything random", at_least=0, at_most=2**32 - 1)
     # Evaluation, logging, checkpoints
     eval_every: int = flag(50, "steps between evaluations; 0: only before and after", at_least=0)
     eval_prompts: int = flag(500, "held-out prompts at most", at_least=1)
@@ -141,7 +141,7 @@ def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1
     k1 = (logprobs - ref_logprobs).clamp(-20, 20)
     if estimator == "k1":
         return k1
-    return k1.square() / 2 if estimator == "k2" else torch.exp(-k1) + k1 - 1
+    return k1.square() / 2 if estimator == "k2" else torch.expm1(-k1) + k1
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizon: float) -> float:

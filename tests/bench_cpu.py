@@ -11,7 +11,7 @@ What is measured: sample, reward, reference, advantages, one update (PPO: --upda
 float32. Both systems load the same folder: a Llama with random weights whose embedding of the end token is set so that
 lengths are geometric. The reward function, the same in both, is called once a step, and there each system waits for
 its turn: so they take turns step by step, in processes of their own with the same number of threads, and what else
-runs on the machine hits both. A step lasts from one call of the reward function to the next; the first one is left
+runs on the machine hits both; on a busy machine the ratio of the CPU seconds is the one to trust. A step lasts from one call of the reward function to the next; the first one is left
 out. Memory is the largest resident size of the process. The floor is the step's matrix products alone, without any
 padding or repeated prompt, at the rate at which this machine multiplies two float32 matrices of 1024 x 1024.
 """
@@ -110,7 +110,8 @@ def parent():
 def take_turns(lengths: list[int]):
     """Tell the parent that a step is done, and wait until it is this process's turn again."""
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    parent().write(json.dumps({"megabytes": megabytes, "mean_length": sum(lengths) / len(lengths)}) + "\n")
+    numbers = {"cpu_seconds": time.process_time(), "megabytes": megabytes, "mean_length": sum(lengths) / len(lengths)}
+    parent().write(json.dumps(numbers) + "\n")
     parent().flush()
     if not parent().readline():
         os._exit(0)
@@ -255,7 +256,7 @@ class System:
     """A child process that takes its turns."""
 
     def __init__(self, name: str, command: list[str], w: Workload, threads: int, log: Path):
-        self.name, self.log, self.seconds, self.lengths, self.megabytes = name, log, [], [], 0.0
+        self.name, self.log, self.latest, self.seconds, self.cpu_seconds, self.lengths = name, log, {}, [], [], []
         ours, theirs = socket.socketpair()
         env = os.environ | {"BENCH_SOCKET": str(theirs.fileno()), "BENCH_SEQUENCES": str(w.sequences), "HF_HUB_OFFLINE": "1"}
         env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -268,17 +269,18 @@ class System:
         line = self.channel.readline()
         if not line:
             sys.exit(f"{self.name} ended early:\n" + "".join(self.log.read_text()[-3000:]))
-        return json.loads(line)
+        before, self.latest = self.latest, json.loads(line)
+        return self.latest["cpu_seconds"] - before.get("cpu_seconds", 0.0)
 
     def step(self, counts: bool):
         started = time.perf_counter()
         self.channel.write("go\n")
         self.channel.flush()
-        report = self.wait()
+        cpu_seconds = self.wait()
         if counts:
             self.seconds.append(time.perf_counter() - started)
-            self.lengths.append(report["mean_length"])
-            self.megabytes = report["megabytes"]
+            self.cpu_seconds.append(cpu_seconds)
+            self.lengths.append(self.latest["mean_length"])
 
 
 def measure(systems: list[System], steps: int, title: str):
@@ -297,12 +299,15 @@ def measure(systems: list[System], steps: int, title: str):
 def report(title: str, systems: list[System], floor: float):
     first = systems[0]
     for system in systems:
-        ratios = [b / a for a, b in zip(first.seconds, system.seconds)]
-        median, low, high = statistics.median(system.seconds), min(system.seconds), max(system.seconds)
-        against = f"{statistics.median(ratios):6.2f}x {first.megabytes / system.megabytes:6.2f}x" if system is not first else f"{'':15}"
+        ratio, cpu_ratio = (
+            statistics.median(b / a for a, b in zip(getattr(first, kind), getattr(system, kind))) for kind in ("seconds", "cpu_seconds")
+        )
+        memory = system.latest["megabytes"]
+        against = f"{ratio:7.2f}x {cpu_ratio:7.2f}x {first.latest['megabytes'] / memory:7.2f}" if system is not first else f"{'':25}"
+        cpu = statistics.median(system.cpu_seconds)
         print(
-            f"{title:12} {system.name:24} {median:8.3f} {low:8.3f} - {high:7.3f}  {system.megabytes:7.0f} {against}"
-            f"  {statistics.mean(system.lengths):6.1f}  {floor:7.3f} {median / floor:6.1f}x",
+            f"{title:12} {system.name:24} {statistics.median(system.seconds):8.3f} {min(system.seconds):8.3f} - {max(system.seconds):7.3f}"
+            f" {cpu:8.3f} {memory:6.0f} {against} {statistics.mean(system.lengths):7.1f} {cpu / floor:7.1f}x",
             flush=True,
         )
 
@@ -316,11 +321,9 @@ def benchmark(options):
     out = functools.partial(subprocess.run, check=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)})
     rate_command = [sys.executable, __file__, "--child", "rate", "--threads", str(options.threads)]
     rate = float(out(rate_command, capture_output=True, text=True).stdout.split()[-1])
-    print(f"{options.threads} thread(s), float32 matrix products at {rate / 1e9:.1f} GFLOP/s; seconds a step:")
-    print(
-        f"{'':12} {'':24} {'median':>8} {'range':>18}  {'MB':>7} {'slower':>7} {'memory':>7}  {'length':>6}  {'floor':>7} {'':>7}\n"
-        f"{'':61}  {'':>7} {'than 1st':>7} {'1st/it':>6}"
-    )
+    print(f"{options.threads} thread(s), float32 matrix products at {rate / 1e9:.1f} GFLOP/s")
+    print(f"{'':37} {'seconds':>8} {'':18} {'CPU':>8} {'peak':>6} {'this one / first':>17} {'first':>7} {'tokens':>7} {'CPU':>8}")
+    print(f"{'':37} {'median':>8} {'range':>18} {'seconds':>8} {'MB':>6} {'seconds':>8} {'CPU':>8} {'MB / MB':>7} {'mean':>7} {'/ floor':>8}")
     for algorithm in options.only:
         python = options.trl_python if algorithm == "grpo" else options.trl_ppo_python
         peer = "trl.trainer.grpo_trainer" if algorithm == "grpo" else "trl.experimental.ppo"

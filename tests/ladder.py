@@ -22,6 +22,7 @@ machine count little. KL is that of a whole completion on held-out prompts, k1, 
 import argparse
 import importlib
 import json
+import math
 import os
 import shlex
 import statistics
@@ -266,6 +267,153 @@ def rounded(x):
     if isinstance(x, list):
         return [rounded(value) for value in x]
     return float(f"{x:.4g}") if isinstance(x, float) else x
+
+
+# =============================================================================
+# Table, verdicts, figure
+# =============================================================================
+
+COMPLETIONS, ACCURACY, EASY, HARD, PROXY, KL = range(6)  # of a point of a run's curve
+NOISE_OF = {"1-score": "score", "2+critic": "score - critic", "3+clip": "score - critic", "4+KL": "score - critic", "5-GRPO": "group mean and std"}
+NOISE_OF |= {name: f"plain: {key}" for name, key in NOISE_OF.items()} | {f"shifted-{name}": f"shifted: {key}" for name, key in NOISE_OF.items()}
+
+
+def final(runs, column):
+    return [run["curve"][-1][column] for run in runs]
+
+
+def completions_to(level, run, column=ACCURACY):
+    """Completions sampled until the first evaluation at this accuracy; infinity if there is none."""
+    return next((point[COMPLETIONS] for point in run["curve"] if point[column] >= level), math.inf)
+
+
+def median(values, form):
+    return format(statistics.median(values), form) if values else ""
+
+
+def with_range(values, form=".2f"):
+    return f"{median(values, form)} ({min(values):{form}} to {max(values):{form}})"
+
+
+def print_table(done):
+    """A line a run, medians over the seeds, as Markdown."""
+    table = ["run, seeds | accuracy | easy | hard | completions to 0.9 | gradient noise | KL | largest ratio | seconds | trained parameters | MB"]
+    table += ["|".join(["---"] * 11)]
+    for name, runs in done.items():
+        if name == "gradient-noise":
+            continue
+        needed = [completions_to(0.9, run) for run in runs]
+        reached = [count for count in needed if count < math.inf]
+        cells = [f"{name}, {len(runs)}", with_range(final(runs, ACCURACY), ".3f"), median(final(runs, EASY), ".3f"), median(final(runs, HARD), ".3f")]
+        cells += [f"{statistics.median_high(needed):,}" if statistics.median_high(needed) < math.inf else f"{len(reached)} of {len(runs)} got there"]
+        cells += [median([result["noise"][NOISE_OF[name]] for result in done.get("gradient-noise", [])], ".1f") if name in NOISE_OF else ""]
+        cells += [median(final(runs, KL), ".2f")]
+        cells += [median([run[key] for run in runs], form) for key, form in (("largest_ratio", ",.3g"), ("seconds", ".0f"), ("parameters", ","), ("megabytes", ".0f"))]
+        table.append(" | ".join(cells))
+    print("\n".join(f"| {line} |" for line in table))
+
+
+def print_verdicts(done):
+    """What the article claims, held against the numbers. Each rule stands in its line."""
+
+    def verdict(claim, shows, numbers):
+        print(f"\n{claim}\n  {'shows' if shows else 'DOES NOT SHOW'}: {numbers}")
+
+    def have(*names):
+        return all(name in done for name in names)
+
+    if have("gradient-noise"):
+        results = done["gradient-noise"]
+        for reward in ("plain", "shifted"):
+            names = [key for key in results[0]["noise"] if key.startswith(reward)]
+            values = {key.split(": ")[1]: [result["noise"][key] for result in results] for key in names}
+            shows = all(bare > 1.25 * critic for bare, critic in zip(values["score"], values["score - critic"]))
+            text = "; ".join(f"{key} {with_range(noises, '.1f')}" for key, noises in values.items())
+            explained = median([result["explained_variance"][reward] for result in results], ".2f")
+            claim = f"(a) A bare score has a noisier gradient than score minus critic (by a quarter in every seed), {reward} scores"
+            verdict(claim, shows, f"tr Cov / |mean|^2 of a batch's gradient: {text}. The critic explains {explained} of the scores' variance")
+        print(f"  share of right samples at the start: {median([result['success'] for result in results], '.2f')}")
+
+    for prefix, reward in (("", "plain scores"), ("shifted-", "shifted scores")):
+        names = [prefix + name for name in ("1-score", "1-score-clip", "2+critic", "5-GRPO") if have(prefix + name)]
+        if have(*(prefix + name for name in ("1-score", "2+critic", "5-GRPO"))):
+            lag = {name: statistics.mean(p[EASY] - p[HARD] for run in done[name] for p in run["curve"][1:]) for name in names}
+            gain = {name: [statistics.median(run["curve"][-1][c] - run["curve"][0][c] for run in done[name]) for c in (EASY, HARD)] for name in names}
+            claim = f"(b) Without a baseline the weak are paid too little ({reward}: hard prompts lag by 0.05 more, or end 0.05 lower)"
+            others = [name for name in names if "score" not in name]
+            bare = prefix + "1-score"
+            shows = all(lag[bare] > lag[name] + 0.05 or gain[bare][1] < gain[name][1] - 0.05 for name in others)
+            text = "; ".join(f"{name} {gain[name][0]:+.2f} / {gain[name][1]:+.2f}, mean gap {lag[name]:.2f}" for name in names)
+            verdict(claim, shows, f"gain on easy / hard prompts, and mean of easy minus hard over the run: {text}")
+
+    if have("4-epochs-clip", "4-epochs-no-clip"):
+        clip, free = (final(done[name], ACCURACY) for name in ("4-epochs-clip", "4-epochs-no-clip"))
+        ratios = [median([run["largest_ratio"] for run in done[name]], ",.3g") for name in ("4-epochs-clip", "4-epochs-no-clip")]
+        claim = "(c) Without the clip, four epochs on a batch blow the policy up (every seed ends below every one with it, by 0.1 in the median)"
+        shows = max(free) < min(clip) and statistics.median(clip) > statistics.median(free) + 0.1
+        verdict(claim, shows, f"accuracy {with_range(clip)} with, {with_range(free)} without; largest ratio {ratios[0]} and {ratios[1]}")
+
+    holes = {name.removeprefix("hole-KL-"): runs for name, runs in done.items() if name.startswith("hole")}
+    if len(holes) > 1 and "0" in holes:
+        claim = "(d) A reward that can be cheated is cheated without KL, and not with it (true accuracy below 0.1, and above 0.5)"
+        shows = max(final(holes["0"], ACCURACY)) < 0.1 and max(min(final(runs, ACCURACY)) for runs in holes.values()) > 0.5
+        text = (f"beta {beta}: true {with_range(final(runs, ACCURACY))}, reward {median(final(runs, PROXY), '.2f')}" for beta, runs in holes.items())
+        verdict(claim, shows, "; ".join(text))
+
+    if have("4+KL", "5-GRPO"):
+        ppo, grpo = done["4+KL"], done["5-GRPO"]
+        ratio = {key: statistics.median(run[key] for run in grpo) / statistics.median(run[key] for run in ppo) for key in ("parameters", "megabytes", "seconds")}
+        claim = "(e) GRPO does as well as PPO (median accuracy less 0.01) with fewer parameters, seconds and less memory"
+        better = statistics.median(final(grpo, ACCURACY)) >= statistics.median(final(ppo, ACCURACY)) - 0.01
+        text = f"accuracy {with_range(final(grpo, ACCURACY), '.3f')} against {with_range(final(ppo, ACCURACY), '.3f')}; "
+        verdict(claim, better and max(ratio.values()) < 1, text + ", ".join(f"{key} x {value:.2f}" for key, value in ratio.items()))
+
+
+def draw(done, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(3, 2, figsize=(10, 11), layout="constrained")
+
+    def curves(axis, title, labels, column=ACCURACY, ylabel="held-out accuracy"):
+        colors = plt.get_cmap("viridis")([0.0, 0.25, 0.5, 0.72, 0.92] if len(labels) > 4 else [0.05, 0.4, 0.65, 0.9])
+        for (name, label), color in zip(labels.items(), colors):
+            points = [[p for p in run["curve"] if p[column] is not None] for run in done.get(name, [])]
+            if points:
+                x = [p[COMPLETIONS] / 1000 for p in points[0]]
+                y = [[p[column] for p in some] for some in zip(*points)]
+                axis.plot(x, [statistics.median(some) for some in y], color=color, label=label, linewidth=2)
+                axis.fill_between(x, [min(some) for some in y], [max(some) for some in y], color=color, alpha=0.15, linewidth=0)
+        axis.set(title=title, xlabel="completions sampled (thousands)", ylabel=ylabel)
+        axis.set_ylim(0, 1.02 if column == ACCURACY else None)
+        if axis.lines:
+            axis.legend(fontsize=10, framealpha=0.7)
+
+    hole = {"hole-KL-0": "no KL", "hole-KL-0.2": "beta 0.2", "hole-KL-1.0": "beta 1.0"}
+    shift = {"shifted-1-score": "bare score", "shifted-1-score-clip": "bare score, clipped", "shifted-2+critic": "critic", "shifted-5-GRPO": "group mean (GRPO)"}
+    curves(axes[0, 0], "The rungs", {name: name[0] + " " + name[1:].strip("-") for name in RUNGS})
+    curves(axes[1, 0], "(b) A point for looking like an answer", shift)
+    curves(axes[1, 1], "(c) Four epochs on each batch", {"4-epochs-clip": "clip 0.2", "4-epochs-no-clip": "no clip"})
+    curves(axes[2, 0], "(d) A verifier with a hole: the truth", hole)
+    curves(axes[2, 1], "(d) ... and what it pays", hole, PROXY, "mean reward in training")
+
+    axis, results = axes[0, 1], done.get("gradient-noise", [])
+    for i, key in enumerate(results[0]["noise"] if results else []):
+        values = [result["noise"][key] for result in results]
+        color = plt.get_cmap("viridis")(0.25 if key.startswith("plain") else 0.72)
+        axis.barh(i, statistics.median(values), color=color, height=0.7)
+        axis.plot([min(values), max(values)], [i, i], color="black", linewidth=1.5)
+    if results:
+        axis.set_yticks(range(len(results[0]["noise"])), [key.replace(": ", "\n") for key in results[0]["noise"]], fontsize=9)
+        axis.invert_yaxis()
+    axis.set(title="(a) Gradient noise at the start", xlabel="tr Cov / |mean|² of a batch's gradient")
+    seeds = max(map(len, done.values()))
+    figure.suptitle(f"Lines: median of {seeds} seeds; bands and black lines: lowest to highest seed", fontsize=11)
+    figure.savefig(path, dpi=100)
+    print(f"\nfigure: {path}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_tensorboard_has_every_scalar_with_finite_values(events):
         reward/mean reward/std reward/frac_zero_std reward/exact objective/kl objective/kl_seq objective/kl_coef
         losses/policy_loss losses/approx_kl losses/clipfrac losses/entropy losses/grad_norm charts/learning_rate
         completions/mean_length completions/truncated_ratio
-        perf/tokens_per_second perf/rollout_seconds perf/update_seconds perf/peak_memory_gb
+        perf/tokens_per_second perf/rollout_seconds perf/update_seconds perf/peak_memory_gb perf/mfu
     """.split()
     evaluations = "eval/accuracy eval/accuracy_easy eval/accuracy_hard eval/pass@1 eval/pass@2".split()
     assert set(every_step + evaluations) <= set(events.Tags()["scalars"])
