@@ -103,7 +103,9 @@ def parse_args(Args, argv=None):
         argument = f.metadata["argument"] | ({"nargs": "?", "const": True} if hints[f.name] == bool | None else {})
         field = dataclasses.field(default=f.default, default_factory=f.default_factory, metadata=argument)
         plain.append((f.name, hints[f.name], field))
-    parser = OneLineParser(dataclasses.make_dataclass("Arguments", plain), prog=Path(inspect.getfile(Args)).name, allow_abbrev=False)
+    parser = OneLineParser(
+        dataclasses.make_dataclass("Arguments", plain), prog=Path(inspect.getfile(Args)).name, allow_abbrev=False
+    )
     for f in dataclasses.fields(Args):  # HfArgumentParser gives --no-… only to flags whose default is True
         if bool in (hints[f.name], *typing.get_args(hints[f.name])) and f.default is not True:
             forms = {f"--no-{f.name.replace('_', '-')}", f"--no_{f.name}"}
@@ -117,10 +119,14 @@ def parse_args(Args, argv=None):
     saved = read_json(Path(given["resume"]) / "args.json", "--resume")
     for name, value in given.items():
         if name not in RESUME_MAY_CHANGE and value != saved.get(name):
-            raise UserError(f"--{name.replace('_', '-')} may not change on --resume: the run was started with {saved.get(name)}")
+            raise UserError(
+                f"--{name.replace('_', '-')} may not change on --resume: the run was started with {saved.get(name)}"
+            )
     known = {f.name for f in dataclasses.fields(Args)}
     if set(saved) - known:
-        raise UserError(f"--resume {given['resume']}: that run is not one of {parser.prog} (it has --{sorted(set(saved) - known)[0]})")
+        raise UserError(
+            f"--resume {given['resume']}: that run is not one of {parser.prog} (it has --{sorted(set(saved) - known)[0]})"
+        )
     return check_args(Args(**{**saved, **given}))
 
 
@@ -156,7 +162,10 @@ def run_script(main, Args):
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
     except torch.cuda.OutOfMemoryError as error:  # outside of the micro-batches, which shrink by themselves
-        print(f"{script}: error: out of GPU memory: take fewer --prompts-per-step or --max-new-tokens ({first_line(error)})", file=sys.stderr)
+        print(
+            f"{script}: error: out of GPU memory: take fewer --prompts-per-step or --max-new-tokens ({first_line(error)})",
+            file=sys.stderr,
+        )
         status = 2
     finally:
         if dist.is_initialized():
@@ -181,7 +190,9 @@ def check_new_folder(folder):
     if not parents[0].is_dir():
         raise UserError(f"--output-dir {folder}: {parents[0]} is a file")
     if parents[0] == Path(folder) and any(parents[0].iterdir()):
-        raise UserError(f"--output-dir {folder}: not empty, and nothing in it shall be overwritten (--resume goes on in a run)")
+        raise UserError(
+            f"--output-dir {folder}: not empty, and nothing in it shall be overwritten (--resume goes on in a run)"
+        )
     if not os.access(parents[0], os.W_OK):
         raise UserError(f"--output-dir {folder}: {parents[0]} cannot be written to")
 
@@ -197,14 +208,25 @@ class Run:
         if not args.resume and args.output_dir:
             check_new_folder(args.output_dir)
         if args.prompts_per_step % self.world:
-            raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {self.world} processes")
+            raise UserError(
+                f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {self.world} processes"
+            )
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
         if args.model == "tiny" and self.device.type == "cpu":
             torch.set_num_threads(1)  # its matrices are too small to share between cores
         random.seed(args.seed), torch.manual_seed(args.seed)
-        self.stop_signal, self.bar, self.last_line, self.latest, self.said, self.resampled, self.matrix_rate = None, None, 0.0, {}, set(), 0, None
-        self.micro_batch_tokens, self.seconds, self.skipped_updates = args.micro_batch_tokens, {}, 0
+        self.stop_signal, self.bar, self.last_line, self.latest, self.said, self.resampled, self.matrix_rate = (
+            None,
+            None,
+            0.0,
+            {},
+            set(),
+            0,
+            None,
+        )
+        self.micro_batch_tokens, self.skipped_updates = args.micro_batch_tokens, 0
+        self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
         self.catch_signals()
 
     def choose_device(self, name):
@@ -212,11 +234,15 @@ class Run:
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if not available.get(name.split(":")[0]):
-            raise UserError(f"--device {name}: not available here (one of cuda, mps, cpu; by default the first that is there)")
+            raise UserError(
+                f"--device {name}: not available here (one of cuda, mps, cpu; by default the first that is there)"
+            )
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and nearly each micro-batch has its own
+            torch.backends.cuda.enable_cudnn_sdp(
+                False
+            )  # it plans anew for each shape, and nearly each micro-batch has its own
         return device
 
     def choose_dtype(self, name):
@@ -239,7 +265,9 @@ class Run:
         """Each number summed over all processes."""
         if self.world == 1:
             return numbers
-        total = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
+        total = torch.tensor(
+            [float(x) for x in numbers], dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device
+        )
         dist.all_reduce(total)
         return total.tolist()
 
@@ -261,14 +289,14 @@ class Run:
         self.bar = progress(range(first, self.args.steps + 1), "steps", initial=first - 1, total=self.args.steps)
         return self.bar
 
-    @contextlib.contextmanager
-    def timer(self, phase: str):
-        """Seconds of a phase of the step, for perf/<phase>_seconds; waits for the GPU at its end."""
-        started = time.time()
-        yield
+    def phase(self, name: str | None):
+        """Begin a phase of the step and end the one before, whose seconds become perf/<name>_seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds[phase] = time.time() - started
+        now = time.perf_counter()
+        if self.current_phase is not None:
+            self.seconds[self.current_phase] = now - self.phase_started
+        self.current_phase, self.phase_started = name, now
 
     # ---- the run's folder ----
 
@@ -297,6 +325,7 @@ class Run:
 
     def catch_signals(self):
         """In the training loop the first Ctrl-C or SIGTERM lets the step in hand finish; the second one stops at once."""
+
         def stop(number, frame):
             if self.bar is None or self.stop_signal:
                 os._exit(128 + number)
@@ -329,7 +358,9 @@ class Run:
         self.close()
         before, after = state["accuracy_before"], state["accuracy"]
         seconds = time.time() - self.started
-        self.say(f"done steps={self.args.steps} eval/accuracy_before={before:.3f} eval/accuracy={after:.3f} seconds={seconds:.1f} run={self.folder}")
+        self.say(
+            f"done steps={self.args.steps} eval/accuracy_before={before:.3f} eval/accuracy={after:.3f} seconds={seconds:.1f} run={self.folder}"
+        )
         return 0
 
     def close(self):
@@ -341,7 +372,6 @@ class Run:
     def warn(self, text):
         self.say(f"warning: {text}")
 
-
     def log(self, step, metrics):
         """Scalars to TensorBoard, and a line (or the bar's postfix) with what matters most."""
         if self.rank > 0:
@@ -349,7 +379,12 @@ class Run:
         for name, value in metrics.items():
             self.writer.add_scalar(name, float(value), step)
         self.advise(metrics)
-        names = {"reward": "reward/mean", "accuracy": "eval/accuracy", "kl": "objective/kl", "tok/s": "perf/tokens_per_second"}
+        names = {
+            "reward": "reward/mean",
+            "accuracy": "eval/accuracy",
+            "kl": "objective/kl",
+            "tok/s": "perf/tokens_per_second",
+        }
         self.latest |= {k: float(metrics[name]) for k, name in names.items() if name in metrics}
         line = " ".join(f"{k} {v:,.0f}" if k == "tok/s" else f"{k} {v:.3f}" for k, v in self.latest.items())
         if self.bar is not None and not self.bar.disable:
@@ -447,7 +482,9 @@ class Rollout:
             if mine is not None:
                 if mine.dim() == 2:
                     width, on_the_left = max(mine.shape[1], new.shape[1]), field.name == "prompt_ids"
-                    mine, new = (F.pad(x, (width - x.shape[1], 0) if on_the_left else (0, width - x.shape[1])) for x in (mine, new))
+                    mine, new = (
+                        F.pad(x, (width - x.shape[1], 0) if on_the_left else (0, width - x.shape[1])) for x in (mine, new)
+                    )
                 setattr(self, field.name, mine.index_copy(0, rows.to(mine.device), new))
 
     def leave_out(self, rows: Tensor):
@@ -671,7 +708,9 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def chunks(states, vocabulary):
-        numbers = torch.cuda.get_device_properties(states.device).total_memory // 320 if states.is_cuda else HeadLogprobs.CHUNK
+        numbers = (
+            torch.cuda.get_device_properties(states.device).total_memory // 320 if states.is_cuda else HeadLogprobs.CHUNK
+        )
         size, n = max(numbers // vocabulary, 1), len(states)
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -866,7 +905,9 @@ class Sampler:
         if self.cache is None or self.cache.rows < B or self.cache.columns < columns:
             self.graphs, self.pool, self.cache = {}, None, None  # frees the old cache before the new one
             self.cache = DecodeLayout(B, columns, self.device, self.compute_dtype)
-            self.tokens, self.sequence, self.lengths = (torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(3))
+            self.tokens, self.sequence, self.lengths = (
+                torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(3)
+            )
             self.finished = torch.zeros(B, dtype=torch.bool, device=self.device)
             self.t = torch.zeros(1, dtype=torch.long, device=self.device)
             self.ids = torch.zeros(B, self.C, dtype=torch.long, device=self.device)
@@ -983,10 +1024,14 @@ class Sampler:
         return rollout
 
 
-def rollout_of(prompts: list[list[int]], completions: list[list[int]], device, prompt_index: list[int] | None = None) -> Rollout:
+def rollout_of(
+    prompts: list[list[int]], completions: list[list[int]], device, prompt_index: list[int] | None = None
+) -> Rollout:
     """A Rollout of given token ids: one prompt and one completion a sequence."""
     lengths, prompt_lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (completions, prompts))
-    completion_ids, prompt_ids = (torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long) for rows in (completions, prompts))
+    completion_ids, prompt_ids = (
+        torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long) for rows in (completions, prompts)
+    )
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         prompt_ids[i, prompt_ids.shape[1] - len(prompt) :] = torch.tensor(prompt)
         completion_ids[i, : len(completion)] = torch.tensor(completion)
@@ -1021,7 +1066,9 @@ def load_policy(args, run):
     ends = policy.generation_config.eos_token_id if policy.generation_config else None
     ends = {tokenizer.eos_token_id, policy.config.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if not ends:
-        raise UserError(f"--model {args.model}: neither its tokenizer nor its generation_config names an end token (eos_token)")
+        raise UserError(
+            f"--model {args.model}: neither its tokenizer nor its generation_config names an end token (eos_token)"
+        )
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     return policy, tokenizer, ends
@@ -1072,7 +1119,9 @@ def load_critic(args, run, policy) -> Critic:
     else:
         backbone = load_model(AutoModel, args.critic_model, "--critic-model", args)
         if backbone.get_input_embeddings().num_embeddings < policy.get_input_embeddings().num_embeddings:
-            raise UserError(f"--critic-model {args.critic_model}: its vocabulary is smaller than the policy's; it has to have the same tokens")
+            raise UserError(
+                f"--critic-model {args.critic_model}: its vocabulary is smaller than the policy's; it has to have the same tokens"
+            )
         if args.gradient_checkpointing:
             backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return Critic(backbone).to(run.device)
@@ -1140,7 +1189,9 @@ def addition_rows(split):
             name = next((name for name, size in sizes.items() if filled[name] < size), "train")
             for x, y in sorted({(a, b), (b, a)}):
                 filled[name] += 1
-                sets[name].append({"prompt": f"{x:02}"[::-1] + "+" + f"{y:02}"[::-1] + "=", "answer": f"{a + b:03}"[::-1], "level": level})
+                sets[name].append(
+                    {"prompt": f"{x:02}"[::-1] + "+" + f"{y:02}"[::-1] + "=", "answer": f"{a + b:03}"[::-1], "level": level}
+                )
     for rows in sets.values():
         shuffler.shuffle(rows)
     return sets[split]
@@ -1171,7 +1222,9 @@ def warm_start(model, tokenizer, run, target=0.30, batch_size=64, max_steps=1000
         optimizer.zero_grad()
         (-completion_logprobs(model, batch, temperature=1.0).sum() / batch.lengths.sum()).backward()
         optimizer.step()
-    run.say(f"warm start: {step} supervised steps in {time.time() - started:.1f} s, accuracy on training prompts {accuracy:.2f}")
+    run.say(
+        f"warm start: {step} supervised steps in {time.time() - started:.1f} s, accuracy on training prompts {accuracy:.2f}"
+    )
 
 
 def check_model(run, model, sampler, tokenizer):
@@ -1233,9 +1286,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
 
 
-def load_rows(
-    dataset: str, split: str, prompt_column: str = "prompt", answer_column: str = "answer"
-) -> list[dict]:
+def load_rows(dataset: str, split: str, prompt_column: str = "prompt", answer_column: str = "answer") -> list[dict]:
     """Reads a dataset into rows that all have the same columns, "prompt" (text or chat) among them.
 
     dataset: "addition", "gsm8k", a JSON-lines file (the whole file, whatever the split) or a hub
@@ -1326,8 +1377,7 @@ def fetch_gsm8k(split: str) -> Path:
         torch.hub.download_url_to_file(f"{GSM8K_URL}/{path.name}", str(path), hash_prefix=GSM8K_SHA256[split])
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise UserError(
-            f"could not fetch gsm8k ({one_line(error)}); "
-            f"put train.jsonl and test.jsonl of {GSM8K_URL} into {path.parent}"
+            f"could not fetch gsm8k ({one_line(error)}); put train.jsonl and test.jsonl of {GSM8K_URL} into {path.parent}"
         ) from None
     finally:
         socket.setdefaulttimeout(default_timeout)
@@ -1435,7 +1485,9 @@ def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward
     """
     train_rows = load_rows(args.dataset, "train", args.prompt_column, args.answer_column)
     if args.eval_dataset or args.dataset in ("addition", "gsm8k"):
-        eval_rows = load_rows(args.eval_dataset or args.dataset, "test", args.prompt_column, args.answer_column)[: args.eval_prompts]
+        eval_rows = load_rows(args.eval_dataset or args.dataset, "test", args.prompt_column, args.answer_column)[
+            : args.eval_prompts
+        ]
     else:
         train_rows, eval_rows = held_out_split(train_rows, args.eval_prompts, args.seed)
     check_rewards(rewards, train_rows)
@@ -1465,7 +1517,9 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     room = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt.ids) for prompt in train + evaluation)
     if room and longest + args.max_new_tokens > room:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: with a prompt of {longest} tokens that is more than the model's {room} positions")
+        raise UserError(
+            f"--max-new-tokens {args.max_new_tokens}: with a prompt of {longest} tokens that is more than the model's {room} positions"
+        )
     if train_rows[: len(eval_rows)] == eval_rows:
         run.warn(f"with {len(train_rows)} prompts none are held out: evaluation is on training prompts")
     return train, evaluation
@@ -1571,9 +1625,7 @@ def gsm8k_reward(completions, answer, **_) -> list[float | None]:
     return scores
 
 
-def countdown_reward(
-    completions, target=None, nums=None, answer=None, numbers=None, **_
-) -> list[float | None]:
+def countdown_reward(completions, target=None, nums=None, answer=None, numbers=None, **_) -> list[float | None]:
     """1.0 for an equation that makes the target from the numbers, each used exactly once.
 
     It is read inside the last <answer>...</answer>, else on the last line, and may end with
@@ -1675,7 +1727,10 @@ class Scores:
 
     def replace(self, rows: list[int], other: "Scores"):
         """Put the scores of `other` in the places of `rows`."""
-        for mine, new in [(self.total, other.total), *((self.by_function[n], other.by_function[n]) for n in self.by_function)]:
+        for mine, new in [
+            (self.total, other.total),
+            *((self.by_function[n], other.by_function[n]) for n in self.by_function),
+        ]:
             mine[rows] = new
         if self.dense or other.dense:
             self.dense = self.dense or [None] * len(self.total)
@@ -1716,7 +1771,9 @@ def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
     names = args.reward or ([] if args.reward_model else ["gsm8k" if args.dataset == "gsm8k" else "exact"])
     weights = list(args.reward_weights) or [1.0] * (len(names) + bool(args.reward_model))
     if len(weights) != len(names) + bool(args.reward_model):
-        raise UserError(f"--reward-weights has {len(weights)} numbers for {len(names) + bool(args.reward_model)} rewards; give one each")
+        raise UserError(
+            f"--reward-weights has {len(weights)} numbers for {len(names) + bool(args.reward_model)} rewards; give one each"
+        )
     rewards = load_rewards(names, weights[: len(names)])
     if args.reward_model:
         rewards.append(Reward("reward_model", load_reward_model(args, run), weights[-1]))
@@ -1732,7 +1789,9 @@ def load_reward_model(args, run) -> Callable:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"--reward-model {args.reward_model}: cannot be loaded: {first_line(error)}") from error
     if model.config.num_labels != 1:
-        raise UserError(f"--reward-model {args.reward_model}: has {model.config.num_labels} labels; a reward is a single number")
+        raise UserError(
+            f"--reward-model {args.reward_model}: has {model.config.num_labels} labels; a reward is a single number"
+        )
 
     def ids_of(prompt, completion):
         if isinstance(prompt, str):
@@ -1848,8 +1907,7 @@ def score(
     inputs["trainer_state"] = trainer_state
     inputs["log_extra"], inputs["log_metric"] = extra.__setitem__, metrics.__setitem__
     returned = {
-        reward.name: checked_scores(reward.name, call_reward(reward, inputs, timeout), completion_ids)
-        for reward in rewards
+        reward.name: checked_scores(reward.name, call_reward(reward, inputs, timeout), completion_ids) for reward in rewards
     }
 
     def as_float(value):
@@ -2055,6 +2113,7 @@ def micro_batches(rollout: Rollout, budget: int) -> list[Tensor]:
 
 def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
     """`function(micro_batch)`, a (b, C') tensor, for all of `rollout` without gradients: (B, C), 0 outside the mask."""
+
     def whole():
         table = torch.zeros(rollout.completion_ids.shape, device=run.device)
         for rows in micro_batches(rollout, run.micro_batch_tokens):
@@ -2068,6 +2127,7 @@ def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
 
 def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer):
     """Gradients of the sum of `loss_of(micro_batch)` over all micro-batches of `rollout`."""
+
     def whole():
         optimizer.zero_grad(set_to_none=True)
         for rows in inner_progress(micro_batches(rollout, run.micro_batch_tokens), "update"):
@@ -2085,7 +2145,9 @@ def with_less_memory(run, function):
             return function()
         except torch.cuda.OutOfMemoryError:
             if run.micro_batch_tokens < 64:
-                raise UserError("out of GPU memory: take fewer --prompts-per-step or --max-new-tokens, or --gradient-checkpointing") from None
+                raise UserError(
+                    "out of GPU memory: take fewer --prompts-per-step or --max-new-tokens, or --gradient-checkpointing"
+                ) from None
         torch.cuda.empty_cache()
         run.micro_batch_tokens //= 2
         run.warn(f"out of GPU memory: going on with --micro-batch-tokens {run.micro_batch_tokens}")
@@ -2120,6 +2182,11 @@ def clip_and_step(run, models: list[nn.Module], optimizer) -> Tensor:
 def logprobs_without_gradient(run, model, rollout: Rollout) -> Tensor:
     """`completion_logprobs` of a whole rollout: (B, C)."""
     return in_micro_batches(run, lambda batch: completion_logprobs(model, batch, run.args.temperature), rollout)
+
+
+def old_logprobs(run, sampler, policy, rollout: Rollout) -> Tensor:
+    """Log-probs under the policy that sampled: the sampler's own, or a pass of the trainer's where these are less precise."""
+    return rollout.sampler_logprobs if sampler.is_exact else logprobs_without_gradient(run, policy, rollout)
 
 
 def values_without_gradient(run, critic: Critic, rollout: Rollout) -> Tensor:
@@ -2175,6 +2242,7 @@ def matrix_rate(device, dtype) -> float:
 
 def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners: list[nn.Module]) -> dict[str, float]:
     """What both scripts log of a step, with what the script itself has put into `means`."""
+    run.phase(None)
     valid = ~scores.total.isnan()
     means.add("reward/mean", scores.total.nan_to_num(0), valid)
     means.add("reward_square", scores.total.nan_to_num(0).square(), valid)
@@ -2222,14 +2290,20 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
             partial.rename(folder)
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"--output-dir {run.folder}: the checkpoint of step {state['step']} cannot be written: {first_line(error)}") from error
+            raise UserError(
+                f"--output-dir {run.folder}: the checkpoint of step {state['step']} cannot be written: {first_line(error)}"
+            ) from error
         for old in sorted(folder.parent.glob("step-*"))[: -run.args.keep_checkpoints]:
             shutil.rmtree(old)
 
 
 def file_digest(path):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "PromptStream") -> dict[str, Any]:

@@ -54,17 +54,25 @@ class Args:
     temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
     # Algorithm
     loss: str = flag("grpo", "which of the family", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
-    advantage: str = flag("group", "score minus the group's mean (divided by the group's or the batch's spread), or minus the others'", choices=["group", "rloo", "batch"])
-    scale_rewards: bool | None = flag(help="divide advantages by the group's standard deviation (default: as the paper of --loss)")
-    clip_low: float | None = flag(help="the ratio counts from 1 - this; inf: no clip (default: as the paper of --loss)", at_least=0)
-    clip_high: float | None = flag(help="the ratio counts up to 1 + this; inf: no clip (default: as the paper of --loss)", at_least=0)
-    kl_coef: float = flag(tiny=0.001, real=0.001, help="beta, weight of the KL to the reference; 0: no reference model", at_least=0)
+    advantage: str = flag(
+        "group", "scaled by the group's or the batch's spread, or leave-one-out", choices=["group", "batch", "rloo"]
+    )
+    scale_rewards: bool | None = flag(help="divide by that spread (default: as the paper of --loss)")
+    clip_low: float | None = flag(
+        help="ratios count from 1 - this; inf: no clip (default: as the paper of --loss)", at_least=0
+    )
+    clip_high: float | None = flag(
+        help="ratios count up to 1 + this; inf: no clip (default: as the paper of --loss)", at_least=0
+    )
+    kl_coef: float = flag(
+        tiny=0.001, real=0.001, help="beta, weight of the KL to the reference; 0: no reference model", at_least=0
+    )
     kl_estimator: str = flag("k3", "of the KL to the reference", choices=["k1", "k2", "k3"])
     ref_refresh: int = flag(0, "steps after which the reference becomes the current policy; 0: never", at_least=0)
-    tis_cap: float = flag(2.0, "bound of the weight that corrects for a sampler in lower precision; 0: no weight", at_least=0)
+    tis_cap: float = flag(2.0, "bound of the weights that correct for a sampler in lower precision; 0: none", at_least=0)
     dynamic_sampling: bool = flag(False, "sample other prompts in place of those whose answers all score the same")
     max_resamples: int = flag(3, "times a step, at most, that --dynamic-sampling does so", at_least=1, at_most=8)
-    overlong_buffer: int = flag(0, "the score falls by up to 1 over this many tokens before --max-new-tokens; 0: it does not", at_least=0)
+    overlong_buffer: int = flag(0, "last tokens before --max-new-tokens, which cost up to 1 point; 0: none do", at_least=0)
     update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
     num_minibatches: int = flag(tiny=2, real=1, help="optimiser steps a pass", at_least=1)
     # Optimisation
@@ -73,7 +81,9 @@ class Args:
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     micro_batch_tokens: int = flag(16384, "tokens in one forward and backward pass; bounds memory", at_least=1)
     gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
-    dtype: str | None = flag(help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"])
+    dtype: str | None = flag(
+        help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"]
+    )
     device: str | None = flag(help="cuda, mps or cpu (default: the first of these that is there)")
     seed: int = flag(1, "of everything random", at_least=0, at_most=2**32 - 1)
     # Evaluation, logging, checkpoints
@@ -103,7 +113,9 @@ LOSS_DEFAULTS = {
 # =============================================================================
 
 
-def group_advantages(scores: Tensor, group_size: int, scale: bool = True, kind: str = "group", batch_std: float = 1.0) -> Tensor:
+def group_advantages(
+    scores: Tensor, group_size: int, scale: bool = True, kind: str = "group", batch_std: float = 1.0
+) -> Tensor:
     """How much better each completion is than the other answers to its prompt: scores (B,) -> advantages (B, 1).
 
     group: A_i = (r_i - mean(r)) / (std(r) + 1e-4) within the group, section 4.1.2 of arXiv:2402.03300; without `scale`
@@ -173,10 +185,10 @@ def token_weights(loss: str, mask: Tensor, sequences: float, tokens: float, max_
     split changes nothing.
     """
     if loss == "dr_grpo":  # divided by a constant, section 3.1 of arXiv:2503.20783
-        return mask / (sequences * max_new_tokens)
+        return mask / (max(sequences, 1) * max_new_tokens)
     if loss in ("dapo", "cispo"):  # every token counts the same, eq. 8 of arXiv:2503.14476
-        return mask / tokens
-    return mask / (mask.sum(1, keepdim=True).clamp(min=1) * sequences)  # mean over sequences of the mean over tokens
+        return mask / max(tokens, 1)
+    return mask / (mask.sum(1, keepdim=True).clamp(min=1) * max(sequences, 1))  # mean over sequences of the mean over tokens
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -241,7 +253,9 @@ def main(args: Args) -> int:
     run = common.Run(args, "grpo")
     N, G = args.prompts_per_step // run.world, args.group_size  # of this process
     if args.num_minibatches > N:
-        raise common.UserError(f"--num-minibatches {args.num_minibatches} is more than the {N} prompts of a step and process")
+        raise common.UserError(
+            f"--num-minibatches {args.num_minibatches} is more than the {N} prompts of a step and process"
+        )
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     policy, tokenizer, end_ids = common.load_policy(args, run)
@@ -249,7 +263,9 @@ def main(args: Args) -> int:
     prompts = common.PromptStream(train_prompts, args.seed)
     reference = common.frozen_copy(policy, run.compute_dtype) if args.kl_coef > 0 else None
     sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     models = {"policy": policy} | ({"reference": reference} if reference else {})
     state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0}
     common.check_model(run, policy, sampler, tokenizer)
@@ -263,23 +279,23 @@ def main(args: Args) -> int:
         means = common.Means()
 
         # ---- Rollout: G completions of each of N prompts ----
-        with run.timer("rollout"):
-            sampler.refresh(policy)
-            step_prompts = [prompt for prompt in run.share(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
-            uniforms = run.share(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
-            rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
-            texts, token_ids = common.decode(tokenizer, rollout)
+        run.phase("rollout")
+        sampler.refresh(policy)
+        step_prompts = [prompt for prompt in run.share(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
+        uniforms = run.share(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
+        rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
+        texts, token_ids = common.decode(tokenizer, rollout)
 
         # ---- Reward: the only thing that the policy learns from ----
-        with run.timer("reward"):
-            scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
-            if args.dynamic_sampling:
-                resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores)
-            rollout.scores = scores.total.to(run.device)  # (B,)
-            if args.overlong_buffer:
-                penalty = overlong_penalty(rollout.lengths, args.max_new_tokens, args.overlong_buffer)
-                rollout.scores = rollout.scores + penalty.to(run.device)
-            rollout.leave_out(scores.total.isnan())
+        run.phase("reward")
+        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
+        if args.dynamic_sampling:
+            resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores)
+        rollout.scores = scores.total.to(run.device)  # (B,)
+        if args.overlong_buffer:
+            penalty = overlong_penalty(rollout.lengths, args.max_new_tokens, args.overlong_buffer)
+            rollout.scores = rollout.scores + penalty.to(run.device)
+        rollout.leave_out(scores.total.isnan())
 
         # ---- Advantage: better or worse than the rest of the group ----
         if scores.dense is None:
@@ -290,46 +306,43 @@ def main(args: Args) -> int:
             rollout.advantages = process_advantages(common.dense_table(scores.dense, rollout), G)  # (B, C)
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
-        with run.timer("reference"):
-            if reference is not None:
-                rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
+        run.phase("reference")
+        if reference is not None:
+            rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
-        with run.timer("update"):
-            if args.update_epochs * args.num_minibatches > 1:  # else the policy is still the one that sampled
-                exact = sampler.is_exact
-                rollout.old_logprobs = rollout.sampler_logprobs if exact else common.logprobs_without_gradient(run, policy, rollout)
-            lr = common.learning_rate(args, step)
-            common.set_learning_rate(optimizer, lr)
-            for epoch in range(args.update_epochs):
-                order = run.permutation(step * args.update_epochs + epoch, 1, N)
-                for groups in order.tensor_split(args.num_minibatches):  # a group stays together: its prompt runs once
-                    minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
-                    sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
+        run.phase("update")
+        if args.update_epochs * args.num_minibatches > 1:  # else the policy is still the one that sampled
+            rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
+        lr = common.learning_rate(args, step)
+        common.set_learning_rate(optimizer, lr)
+        for epoch in range(args.update_epochs):
+            order = run.permutation(step * args.update_epochs + epoch, 1, N)
+            for groups in order.tensor_split(args.num_minibatches):  # a group stays together: its prompt runs once
+                minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
+                sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
 
-                    def loss_of(batch: common.Rollout) -> Tensor:
-                        mask = batch.completion_mask  # (b, C)
-                        logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
-                        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-                        ratio = policy_ratio(logprobs, old_logprobs, mask, per_sequence=args.loss == "gspo")
-                        if args.loss == "cispo":
-                            loss = cispo_loss(ratio, batch.advantages, logprobs, args.clip_high)
-                        else:
-                            loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
-                        if args.tis_cap and not sampler.is_exact:
-                            loss = loss * importance_weights(old_logprobs, batch.sampler_logprobs, args.tis_cap)
-                        if reference is not None:
-                            kl = kl_to_reference(logprobs, batch.ref_logprobs, args.kl_estimator)
-                            means.add("losses/kl_loss", kl, mask)
-                            loss = loss + args.kl_coef * kl
-                        means.add("losses/policy_loss", loss, mask)
-                        means.add("losses/entropy", entropy, mask)
-                        means.add("losses/approx_kl", kl_to_reference(old_logprobs, logprobs), mask)
-                        means.add("losses/clipfrac", is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high), mask)
-                        return (loss * token_weights(args.loss, mask, sequences, tokens, args.max_new_tokens)).sum()
+                def loss_of(batch: common.Rollout) -> Tensor:
+                    mask = batch.completion_mask  # (b, C)
+                    logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
+                    old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+                    ratio = policy_ratio(logprobs, old_logprobs, mask, per_sequence=args.loss == "gspo")
+                    if args.loss == "cispo":
+                        loss = cispo_loss(ratio, batch.advantages, logprobs, args.clip_high)
+                    else:
+                        loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
+                    if args.tis_cap and not sampler.is_exact:
+                        loss = loss * importance_weights(old_logprobs, batch.sampler_logprobs, args.tis_cap)
+                    means.add("losses/policy_loss", loss, mask)
+                    if reference is not None:
+                        loss = loss + args.kl_coef * kl_to_reference(logprobs, batch.ref_logprobs, args.kl_estimator)
+                    means.add("losses/entropy", entropy, mask)
+                    means.add("losses/approx_kl", kl_to_reference(old_logprobs, logprobs), mask)
+                    means.add("losses/clipfrac", is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high), mask)
+                    return (loss * token_weights(args.loss, mask, sequences, tokens, args.max_new_tokens)).sum()
 
-                    common.accumulate_gradients(run, loss_of, minibatch, optimizer)
-                    means.add("losses/grad_norm", common.clip_and_step(run, [policy], optimizer))
+                common.accumulate_gradients(run, loss_of, minibatch, optimizer)
+                means.add("losses/grad_norm", common.clip_and_step(run, [policy], optimizer))
 
         # ---- Log, evaluate, save ----
         mask = rollout.completion_mask
@@ -340,8 +353,10 @@ def main(args: Args) -> int:
             means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
             if args.ref_refresh and step % args.ref_refresh == 0:
                 common.copy_weights(policy, reference)  # iterative GRPO, algorithm 1 of arXiv:2402.03300
-        metrics = common.step_metrics(run, rollout, scores, means, [policy]) | {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr * args.learning_rate}
-        metrics |= {"reward/resampled_groups": run.resampled} if args.dynamic_sampling else {}
+        metrics = common.step_metrics(run, rollout, scores, means, [policy])
+        metrics |= {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr * args.learning_rate}
+        if args.dynamic_sampling:
+            metrics["reward/resampled_groups"] = run.resampled
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
             metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)

@@ -52,7 +52,7 @@ class Args:
     max_new_tokens: int = flag(tiny=5, real=512, help="C at most", at_least=1)
     temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
     # Algorithm
-    baseline: str = flag("critic", "what is subtracted from the return: the critic's value, or nothing", choices=["critic", "none"])
+    baseline: str = flag("critic", "subtracted from the return: the critic's value, or nothing", choices=["critic", "none"])
     gamma: float = flag(1.0, "discount of later rewards", at_least=0, at_most=1)
     gae_lambda: float = flag(0.95, "of generalised advantage estimation; 1: returns minus values", at_least=0, at_most=1)
     whiten_advantages: bool = flag(True, "give advantages mean 0 and variance 1 in each rollout (with a critic only)")
@@ -60,14 +60,16 @@ class Args:
     clip_high: float = flag(0.2, "the ratio counts up to 1 + this; inf: no clip", at_least=0)
     value_clip: float = flag(0.2, "values may leave the rollout's by this much; inf: no clip", above=0)
     value_coef: float = flag(1.0, "weight of the value loss", above=0)
-    kl_coef: float = flag(tiny=0.001, real=0.05, help="beta, weight of the KL in the reward; 0: no reference model", at_least=0)
+    kl_coef: float = flag(
+        tiny=0.001, real=0.05, help="beta, weight of the KL in the reward; 0: no reference model", at_least=0
+    )
     kl_estimator: str = flag("k1", "of the KL in the reward", choices=["k1", "k2", "k3"])
     kl_target: float | None = flag(help="adapt --kl-coef so that the KL of a sequence stays near this", above=0)
     kl_horizon: float = flag(10000, "completions over which --kl-coef adapts", above=0)
     truncation_penalty: float = flag(0.0, "subtracted from the score of a completion without an end token", at_least=0)
     critic_model: str | None = flag(help="what the critic starts from, its head aside (default: the policy)")
     update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
-    num_minibatches: int = flag(tiny=2, real=1, help="optimiser steps a pass", at_least=1)
+    num_minibatches: int = flag(tiny=2, real=4, help="optimiser steps a pass", at_least=1)
     # Optimisation
     learning_rate: float = flag(tiny=1.5e-3, real=1e-6, help="at its peak", above=0)
     critic_learning_rate: float = flag(tiny=3e-3, real=1e-5, help="at its peak", above=0)
@@ -75,7 +77,9 @@ class Args:
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     micro_batch_tokens: int = flag(16384, "tokens in one forward and backward pass; bounds memory", at_least=1)
     gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
-    dtype: str | None = flag(help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"])
+    dtype: str | None = flag(
+        help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"]
+    )
     device: str | None = flag(help="cuda, mps or cpu (default: the first of these that is there)")
     seed: int = flag(1, "of everything random", at_least=0, at_most=2**32 - 1)
     # Evaluation, logging, checkpoints
@@ -165,7 +169,9 @@ def main(args: Args) -> int:
     run = common.Run(args, "ppo")
     N, G = args.prompts_per_step // run.world, args.samples_per_prompt  # of this process
     if args.num_minibatches > N:
-        raise common.UserError(f"--num-minibatches {args.num_minibatches} is more than the {N} prompts of a step and process")
+        raise common.UserError(
+            f"--num-minibatches {args.num_minibatches} is more than the {N} prompts of a step and process"
+        )
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     policy, tokenizer, end_ids = common.load_policy(args, run)
@@ -191,72 +197,73 @@ def main(args: Args) -> int:
         means = common.Means()
 
         # ---- Rollout: G completions of each of N prompts ----
-        with run.timer("rollout"):
-            sampler.refresh(policy)
-            step_prompts = [prompt for prompt in run.share(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
-            uniforms = run.share(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
-            rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
-            texts, token_ids = common.decode(tokenizer, rollout)
+        run.phase("rollout")
+        sampler.refresh(policy)
+        step_prompts = [prompt for prompt in run.share(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
+        uniforms = run.share(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
+        rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
+        texts, token_ids = common.decode(tokenizer, rollout)
 
         # ---- Score: the only thing that the policy learns from ----
-        with run.timer("reward"):
-            scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
-            rollout.scores = scores.total.to(run.device)  # (B,)
-            rollout.leave_out(scores.total.isnan())
+        run.phase("reward")
+        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
+        rollout.scores = scores.total.to(run.device)  # (B,)
+        rollout.leave_out(scores.total.isnan())
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
-        with run.timer("reference"):
-            if reference is not None:
-                rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
+        run.phase("reference")
+        if reference is not None:
+            rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
         # ---- Reward: the score on the last token (or token by token), less the KL on every token ----
         mask = rollout.completion_mask  # (B, C)
-        exact = sampler.is_exact
-        rollout.old_logprobs = rollout.sampler_logprobs if exact else common.logprobs_without_gradient(run, policy, rollout)
+        rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
         kl = None if reference is None else kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
-        token_rewards = on_last_token(rollout.scores, mask) if scores.dense is None else common.dense_table(scores.dense, rollout)
+        dense = None if scores.dense is None else common.dense_table(scores.dense, rollout)
+        token_rewards = on_last_token(rollout.scores, mask) if dense is None else dense
         token_rewards = token_rewards - on_last_token(args.truncation_penalty * rollout.truncated, mask)
         if kl is not None:
             token_rewards = token_rewards - state["kl_coef"] * kl * mask
 
         # ---- Advantage: better or worse than the critic expected ----
-        with run.timer("values"):
-            rollout.values = common.values_without_gradient(run, critic, rollout) if critic else torch.zeros_like(token_rewards)
-        rollout.advantages = gae(token_rewards, rollout.values, mask, args.gamma, args.gae_lambda if critic else 1.0)  # (B, C)
+        run.phase("values")
+        rollout.values = common.values_without_gradient(run, critic, rollout) if critic else torch.zeros_like(token_rewards)
+        lam = args.gae_lambda if critic else 1.0  # without a critic an advantage is the whole return
+        rollout.advantages = gae(token_rewards, rollout.values, mask, args.gamma, lam)  # (B, C)
         rollout.returns = rollout.advantages + rollout.values
         if critic and args.whiten_advantages:
             mean, variance = common.mean_and_variance(run, rollout.advantages, mask)
             rollout.advantages = whiten(rollout.advantages, mask, mean, variance)
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
-        with run.timer("update"):
-            lr = common.learning_rate(args, step)
-            common.set_learning_rate(optimizer, lr)
-            for epoch in range(args.update_epochs):
-                order = run.permutation(step * args.update_epochs + epoch, 1, N)
-                for groups in order.tensor_split(args.num_minibatches):  # a group stays together: its prompt runs once
-                    minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
-                    tokens = run.sum(minibatch.lengths.sum())[0]
+        run.phase("update")
+        lr = common.learning_rate(args, step)
+        common.set_learning_rate(optimizer, lr)
+        for epoch in range(args.update_epochs):
+            order = run.permutation(step * args.update_epochs + epoch, 1, N)
+            for groups in order.tensor_split(args.num_minibatches):  # a group stays together: its prompt runs once
+                minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
+                tokens = run.sum(minibatch.lengths.sum())[0]
 
-                    def loss_of(batch: common.Rollout) -> Tensor:
-                        mask = batch.completion_mask  # (b, C)
-                        logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
-                        ratio = policy_ratio(logprobs, batch.old_logprobs)
-                        loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
-                        means.add("losses/policy_loss", loss, mask)
-                        means.add("losses/entropy", entropy, mask)
-                        means.add("losses/approx_kl", kl_to_reference(batch.old_logprobs, logprobs, "k3"), mask)
-                        means.add("losses/clipfrac", is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high), mask)
-                        if critic is not None:
-                            values = common.completion_values(critic, batch)
-                            v_loss = value_loss(values, batch.values, batch.returns, args.value_clip)
-                            means.add("losses/value_loss", v_loss, mask)
-                            means.add("losses/vf_clipfrac", (values - batch.values).abs() > args.value_clip, mask)
-                            loss = loss + args.value_coef * v_loss
-                        return (loss * mask).sum() / tokens
+                def loss_of(batch: common.Rollout) -> Tensor:
+                    mask = batch.completion_mask  # (b, C)
+                    logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
+                    ratio = policy_ratio(logprobs, batch.old_logprobs)
+                    loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
+                    means.add("losses/policy_loss", loss, mask)
+                    means.add("losses/entropy", entropy, mask)
+                    means.add("losses/approx_kl", kl_to_reference(batch.old_logprobs, logprobs, "k3"), mask)
+                    means.add("losses/clipfrac", is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high), mask)
+                    if critic is not None:
+                        values = common.completion_values(critic, batch)
+                        v_loss = value_loss(values, batch.values, batch.returns, args.value_clip)
+                        means.add("losses/value_loss", v_loss, mask)
+                        means.add("losses/vf_clipfrac", (values - batch.values).abs() > args.value_clip, mask)
+                        loss = loss + args.value_coef * v_loss
+                    return (loss * mask).sum() / max(tokens, 1)
 
-                    common.accumulate_gradients(run, loss_of, minibatch, optimizer)
-                    means.add("losses/grad_norm", common.clip_and_step(run, list(learners.values()), optimizer))
+                common.accumulate_gradients(run, loss_of, minibatch, optimizer)
+                means.add("losses/grad_norm", common.clip_and_step(run, list(learners.values()), optimizer))
 
         # ---- Log, evaluate, save ----
         if critic is not None:
@@ -270,7 +277,8 @@ def main(args: Args) -> int:
         metrics = common.step_metrics(run, rollout, scores, means, list(learners.values()))
         metrics |= {"objective/kl_coef": state["kl_coef"], "charts/learning_rate": lr * args.learning_rate}
         if args.kl_target is not None and reference is not None:
-            state["kl_coef"] = adapted_kl_coef(state["kl_coef"], metrics["objective/kl_seq"], args.kl_target, N * G * run.world, args.kl_horizon)
+            kl_seq, B = metrics["objective/kl_seq"], args.prompts_per_step * G
+            state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_seq, args.kl_target, B, args.kl_horizon)
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
             metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)

@@ -7,6 +7,7 @@ it keeps addresses and shapes, runs no Python, and cannot read a number back fro
 
 import contextlib
 import copy
+import math
 
 import helpers
 import pytest
@@ -186,7 +187,7 @@ def test_sampled_tokens_have_the_models_distribution(device):
     """Chi-square of the second token, which a graph chooses, over 4096 samples."""
     model = helpers.make_model("llama").to(device)
     rows = 4096
-    rollout = common.Sampler(model, {28}, 1.0, 2).sample([[5, 6]], rows, uniforms_of(rows, 2))
+    rollout = common.Sampler(model, {helpers.VOCABULARY}, 1.0, 3).sample([[5, 6]], rows, uniforms_of(rows, 3))
     first = int(rollout.completion_ids[:, 0].mode().values)
     chosen = rollout.completion_ids[(rollout.completion_ids[:, 0] == first), 1].cpu()
     reference = helpers.eager_double(model).cpu()
@@ -203,43 +204,31 @@ def test_sampled_tokens_have_the_models_distribution(device):
 # ---------------------------------------------------------------- memory
 
 
-def out_of_memory_above(tokens, seen=None):
-    """A loss that fails for micro-batches of more than so many completion tokens, as a GPU would."""
+def gradients_of(model, run, rollout, limit=math.inf):
+    """Gradients through accumulate_gradients, where more than `limit` completion tokens in a micro-batch are too many."""
 
     def loss_of(batch):
-        if int(batch.lengths.sum()) > tokens:
+        loss = (common.completion_logprobs(model, batch, 1.0) * batch.advantages).sum()
+        if int(batch.lengths.sum()) > limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        if seen is not None:
-            seen.append(len(batch))
-        return (common.completion_logprobs(loss_of.model, batch, 1.0) * batch.advantages).sum()
+        return loss
 
-    return loss_of
+    common.accumulate_gradients(run, loss_of, rollout, torch.optim.SGD(model.parameters()))
+    return helpers.gradients(model)
 
 
 def test_micro_batches_halve_after_running_out_of_memory_and_the_gradient_stays(capsys):
     model = helpers.make_model("llama")
-    rollout, _, _ = helpers.ragged_rollout()
+    rollout = common.rollout_of(helpers.random_ids(*[4] * 8), helpers.random_ids(*[16] * 8, seed=1), torch.device("cpu"))
     rollout.advantages = torch.randn(rollout.completion_ids.shape)
-    optimizer = torch.optim.SGD(model.parameters())
-    plenty = out_of_memory_above(1000)
-    plenty.model = model
-    common.accumulate_gradients(helpers.make_run(micro_batch_tokens=512), plenty, rollout, optimizer)
-    want = helpers.gradients(model)
-    run, seen = helpers.make_run(micro_batch_tokens=512), []
-    tight = out_of_memory_above(9, seen)
-    tight.model = model
+    want = gradients_of(model, helpers.make_run(micro_batch_tokens=512), rollout)
+    run = helpers.make_run(micro_batch_tokens=512)
+    got = gradients_of(model, run, rollout, limit=50)
+    assert run.micro_batch_tokens == 64  # three sequences of 20 tokens
+    assert "out of GPU memory: going on with --micro-batch-tokens 64" in capsys.readouterr().out
+    helpers.assert_same_gradients(got, want)
     with pytest.raises(common.UserError, match="out of GPU memory"):
-        common.accumulate_gradients(run, tight, rollout, optimizer)  # 9 tokens are below the least that is tried
-    assert "--micro-batch-tokens 64" in capsys.readouterr().out
-
-    run = helpers.make_run(micro_batch_tokens=128)
-    run.micro_batch_tokens = 80
-    tight = out_of_memory_above(24)
-    tight.model = model
-    common.accumulate_gradients(run, tight, rollout, optimizer)
-    assert run.micro_batch_tokens == 40
-    assert "going on with --micro-batch-tokens 40" in capsys.readouterr().out
-    helpers.assert_same_gradients(helpers.gradients(model), want)
+        gradients_of(model, run, rollout, limit=10)
 
 
 @needs_gpu
