@@ -319,6 +319,9 @@ def test_greedy_is_the_argmax_of_full_forwards_step_by_step(family):
                 logits = reference(torch.tensor([prompt + completion]), use_cache=False).logits[0, -1]
             completion.append(int(logits.argmax()))
         assert rollout.completion_ids[b, : rollout.lengths[b]].tolist() == completion
+        with torch.no_grad():
+            want = helpers.brute_logprobs(reference, prompt, completion)
+        torch.testing.assert_close(rollout.sampler_logprobs[b, : len(completion)].double(), want, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_window"])
@@ -383,6 +386,10 @@ def test_buckets_of_columns_and_rows_change_nothing(family, monkeypatch):
             want, got = plain.sample(prompts, copies, numbers), bucketed.sample(prompts, copies, numbers)
             assert bucketed.block == 128 and (first_cache is None or bucketed.cache is first_cache)
             first_cache = bucketed.cache
+            for left_behind in (bucketed.ids, bucketed.logprobs, bucketed.lengths, bucketed.finished, bucketed.tokens, bucketed.sequence, bucketed.t):
+                left_behind.fill_(1)
+            for left_behind in (*first_cache.keys.values(), *first_cache.values.values(), first_cache.mask):
+                left_behind.fill_(3.0)
             assert torch.equal(got.completion_ids, want.completion_ids) and torch.equal(got.lengths, want.lengths)
             assert torch.equal(got.truncated, want.truncated)
             torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, atol=1e-5, rtol=0)

@@ -1,0 +1,65 @@
+"""The README's links to lines hold what they name, and its worked examples apply and run. `python tests/test_readme.py` renews the links."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"\[`([^`\]]+)`\]\((\w+\.py)#L(\d+)\)")
+README = (ROOT / "README.md").read_text()
+
+
+def line_of(name, file):
+    """The line that a link should point to: a definition of the name if there is one, else its first mention outside a docstring."""
+    lines = (ROOT / file).read_text().splitlines()
+    if name == file:
+        return 1
+    wanted = [n for n, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {re.escape(name)}\b", line)]
+    wanted += [n for n, line in enumerate(lines, 1) if name in line]
+    return wanted[0] if wanted else None
+
+
+@pytest.mark.parametrize("name, file, number", LINK.findall(README))
+def test_link_points_to_the_line_that_it_names(name, file, number):
+    assert int(number) == line_of(name, file), "renew the links: python tests/test_readme.py"
+
+
+def test_there_are_links_to_both_scripts_and_the_helpers():
+    assert {file for _, file, _ in LINK.findall(README)} == {"grpo.py", "ppo.py", "common.py"}
+
+
+def worked_examples():
+    return re.findall(r"```diff\n--- (\w+\.py)\n(.*?)```", README, re.DOTALL)
+
+
+def apply(diff, source):
+    """Replace the diff's old lines, which must stand in the source exactly once, by its new ones."""
+    lines = diff.splitlines()
+    old = "\n".join(line[1:] for line in lines if line[0] in " -")
+    new = "\n".join(line[1:] for line in lines if line[0] in " +")
+    assert source.count(old) == 1
+    return source.replace(old, new)
+
+
+def test_there_are_four_examples_of_ten_lines_or_fewer():
+    examples = worked_examples()
+    assert len(examples) == 4 and all(len(diff.splitlines()) <= 10 for _, diff in examples)
+
+
+@pytest.mark.parametrize("script, diff", worked_examples())
+def test_worked_example_applies_and_runs(script, diff, tmp_path):
+    for file in ("grpo.py", "ppo.py", "common.py"):
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    (tmp_path / script).write_text(apply(diff, (ROOT / script).read_text()))
+    command = [sys.executable, script, "--steps", "2", "--eval-every", "0", "--eval-prompts", "20", "--output-dir", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("done steps=2 ")
+
+
+if __name__ == "__main__":
+    renewed = LINK.sub(lambda m: f"[`{m[1]}`]({m[2]}#L{line_of(m[1], m[2])})", README)
+    (ROOT / "README.md").write_text(renewed)
