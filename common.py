@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import http.client
 import importlib.util
@@ -155,22 +156,38 @@ def run_script(main, Args):
     """What `python script.py` does: what the user must mend becomes one line on standard error and exit status 2."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    script, status = Path(inspect.getfile(Args)).name, 0
+    script, status, store = Path(inspect.getfile(Args)).name, 0, join_processes()
     try:
         status = main(parse_args(Args))
-    except UserError as error:
-        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except torch.cuda.OutOfMemoryError as error:  # outside of the micro-batches, which shrink by themselves
-        print(
-            f"{script}: error: out of GPU memory: take fewer --prompts-per-step or --max-new-tokens ({first_line(error)})",
-            file=sys.stderr,
-        )
+    except (UserError, torch.cuda.OutOfMemoryError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, UserError):  # outside of the micro-batches, which shrink by themselves
+            text = f"out of GPU memory: take fewer --prompts-per-step or --max-new-tokens ({first_line(error)})"
+        if store is None or store.add("errors", 1) == 1:  # of several processes the first one says it and ends all
+            print(f"{script}: error: {text}", file=sys.stderr, flush=True)
+            if store is not None:
+                store.set("ended", "")
         status = 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     sys.exit(status)
+
+
+def join_processes():
+    """Under torchrun: meet the other processes, and end with status 2 when one of them has met an error. Returns their store."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    dist.init_process_group(timeout=timedelta(minutes=10))  # gloo, and nccl for tensors on GPUs
+    store = dist.distributed_c10d._get_default_store()
+
+    def watch(connection):
+        with contextlib.suppress(RuntimeError):  # the connection ends with the run
+            connection.wait(["ended"], timedelta(days=1000))
+            os._exit(2)
+
+    threading.Thread(target=watch, args=[store.clone()], daemon=True).start()
+    return store
 
 
 def progress(iterable, desc, **options):
@@ -207,12 +224,9 @@ class Run:
         self.compute_dtype = self.choose_dtype(args.dtype)
         if not args.resume and args.output_dir:
             check_new_folder(args.output_dir)
-        if args.prompts_per_step % self.world:
-            raise UserError(
-                f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {self.world} processes"
-            )
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        if self.world > 1 and args.prompts_per_step % (self.world * args.num_minibatches):
+            parts = f"{self.world} processes and --num-minibatches {args.num_minibatches}"
+            raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {parts}")
         if args.model == "tiny" and self.device.type == "cpu":
             torch.set_num_threads(1)  # its matrices are too small to share between cores
         random.seed(args.seed), torch.manual_seed(args.seed)
@@ -237,7 +251,11 @@ class Run:
             raise UserError(
                 f"--device {name}: not available here (one of cuda, mps, cpu; by default the first that is there)"
             )
+        if self.world > 1 and name not in ("cuda", "cpu"):
+            raise UserError(f"--device {name}: several processes run on cuda (one GPU each) or on cpu")
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: there are only {torch.cuda.device_count()} GPUs here, one a process")
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(
@@ -261,23 +279,34 @@ class Run:
     def permutation(self, step: int, purpose: int, n: int) -> Tensor:
         return self.uniforms(step, purpose, n).argsort()
 
+    def minibatches(self, number: int) -> list[Tensor]:
+        """Random split of the step's prompts into --num-minibatches parts: this process's own prompts in each.
+
+        The same parts whatever the number of processes, and the same work for each of them: of every --num-minibatches
+        neighbours one goes to each part.
+        """
+        n, parts = self.args.prompts_per_step, self.args.num_minibatches
+        part_of = self.share(self.uniforms(number, 1, -(-n // parts), parts).argsort(dim=1).flatten()[:n])
+        return [(part_of == part).nonzero()[:, 0] for part in range(parts)]
+
     def sum(self, *numbers):
         """Each number summed over all processes."""
         if self.world == 1:
             return numbers
-        total = torch.tensor(
-            [float(x) for x in numbers], dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device
-        )
+        total = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
-    def max(self, number) -> float:
-        """The largest of the processes' numbers."""
-        if self.world == 1:
-            return number
-        numbers = [None] * self.world
-        dist.all_gather_object(numbers, number)
-        return max(numbers)
+    def max(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        return max(self.gather(number))
+
+    def gather(self, value) -> list:
+        """Every process's value, in all of them."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def share(self, items):
         """This process's part of a list or tensor that all processes have."""
@@ -307,7 +336,7 @@ class Run:
         args = self.args
         model, dataset = (re.sub(r"[^\w.-]+", "-", Path(name).name) for name in (args.model, args.dataset))
         name = f"{self.script}__{model}__{dataset}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.resume or args.output_dir or Path("runs") / name)
+        self.folder = Path(args.resume or args.output_dir or Path("runs") / self.gather(name)[0])
         if self.rank > 0:
             return
         try:
@@ -338,7 +367,10 @@ class Run:
 
     def must_stop(self) -> bool:
         """Whether any process was told to stop; all processes get the same answer."""
-        return self.sum(bool(self.stop_signal))[0] > 0
+        number = self.max(self.stop_signal or 0)
+        if number:
+            self.stop_signal = number
+        return number > 0
 
     # ---- what it says ----
 
@@ -351,7 +383,8 @@ class Run:
         """How to go on after a signal; returns the exit status."""
         self.close()
         self.say(f"stopped after step {step}; to go on: python {self.script}.py --resume {self.folder}")
-        return 128 + (self.stop_signal or signal.SIGTERM)
+        self.gather(None)  # torchrun ends the other processes as soon as one has ended
+        return 128 + self.stop_signal
 
     def say_done(self, state) -> int:
         """The last line of a finished run; returns the exit status."""
@@ -649,6 +682,18 @@ def distinct(index):
     return first, group
 
 
+def with_whole_parameters(function):
+    """For functions of a model, which may be sharded: FSDP gathers parameters around `forward` and what `shard` registers."""
+
+    @functools.wraps(function)
+    def call(model, *args, **kwargs):
+        around = getattr(model, "with_whole_parameters", lambda whole: whole())
+        return around(lambda: function(model, *args, **kwargs))
+
+    return call
+
+
+@with_whole_parameters
 def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=False):
     """Log-probabilities of the completion tokens at `temperature`: (B, C) float32, 0 outside the mask, differentiable.
 
@@ -664,6 +709,7 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
     return (logprobs, from_slots(entropy, slots, batch.completion_ids.shape)) if with_entropy else logprobs
 
 
+@with_whole_parameters
 def completion_values(critic, batch: Rollout):
     """The critic's value before each completion token: (B, C) float32, 0 outside the mask."""
     values = critic.head(completion_states(critic.backbone, batch).float()).squeeze(-1)
@@ -672,7 +718,7 @@ def completion_values(critic, batch: Rollout):
 
 def from_slots(x, slots, shape):
     """Numbers of the valid tokens, one after the other, to a (B, C) table with zeros elsewhere."""
-    return x.new_zeros(shape.numel()).index_copy(0, slots, x).view(shape)
+    return x.new_zeros(shape).put(slots, x)
 
 
 def logit_scale(model):
@@ -860,9 +906,9 @@ class Sampler:
     batch it is sampled in. Nothing but `temperature` shapes the distribution.
     """
 
-    def __init__(self, policy, end_ids, temperature, max_new_tokens, compute_dtype=torch.float32):
+    def __init__(self, policy, end_ids, temperature, max_new_tokens, compute_dtype=torch.float32, own_copy=False):
         self.is_exact = compute_dtype == torch.float32  # else the trainer's log-probs differ a little from the sampler's
-        self.model = policy if self.is_exact else frozen_copy(policy, compute_dtype)
+        self.model = policy if self.is_exact and not own_copy else frozen_copy(policy, compute_dtype)
         self.pad_id, self.temperature, self.C = min(end_ids), temperature, max_new_tokens
         self.device = next(policy.parameters()).device
         self.end_ids = torch.tensor(sorted(end_ids), device=self.device)
@@ -870,7 +916,7 @@ class Sampler:
         self.is_cuda = self.device.type == "cuda"
 
     def refresh(self, policy):
-        """Take over the policy's weights, where sampling needs them in another precision."""
+        """Take over the policy's weights, where sampling needs them in another precision or not sharded."""
         if self.model is not policy:
             copy_weights(policy, self.model)
 
@@ -884,7 +930,8 @@ class Sampler:
         B, P, greedy = len(prompts) * group_size, int(prompt_lengths.max()), uniforms is None
         group = torch.arange(len(prompts)).repeat_interleave(group_size)
         self.allocate(B, P, uniforms)
-        is_low, was_training = self.compute_dtype != torch.float32, self.model.training
+        is_low = self.compute_dtype != torch.float32
+        was_training = self.model.training
         self.model.eval()  # in training gradient checkpointing reads the random state, which a graph cannot capture
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=is_low, cache_enabled=False):
             self.prefill(prompts, prompt_lengths, to_device(group, self.device), P, greedy)
@@ -1058,8 +1105,11 @@ def load_policy(args, run):
     if args.model == "tiny":
         tokenizer = tiny_tokenizer()
         policy = tiny_model(tokenizer, args.seed).to(run.device)
-        if not args.resume:
+        if not args.resume and run.rank == 0:
             warm_start(policy, tokenizer, run)
+        if run.world > 1:
+            for parameter in policy.parameters():
+                dist.broadcast(parameter.data, 0)
         return policy, tokenizer, {tokenizer.eos_token_id}
     tokenizer = load_tokenizer(args.model, "--model", args)
     policy = load_model(AutoModelForCausalLM, args.model, "--model", args).to(run.device)
@@ -1150,7 +1200,46 @@ def frozen_copy(model, compute_dtype=torch.float32):
 def copy_weights(source, target):
     """Copy the parameters of `source` into those of `target`, whatever the precision of the two."""
     for a, b in zip(source.parameters(), target.parameters(), strict=True):
-        b.copy_(a)
+        b.copy_(placed(whole(a), b))
+
+
+def shard(run, model):
+    """Split the model's parameters, and so its gradients and optimiser state, between all processes (FSDP2); returns it.
+
+    With one process nothing happens. Gradients are summed: the denominators of the losses count all processes already.
+    """
+    if run.world == 1:
+        return model
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = dist.init_device_mesh(run.device.type, (run.world,))
+    # Layers are gathered as autocast would cast them; embeddings, head and the last norm in float32.
+    low = None if run.compute_dtype == torch.float32 else run.compute_dtype
+    layer_policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    for module in reversed(list(model.modules())):  # children first
+        if module is model or type(module).__name__ in layers:
+            policy = MixedPrecisionPolicy() if module is model else layer_policy
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    model.with_whole_parameters = lambda function: function()
+    register_fsdp_forward_method(model, "with_whole_parameters")
+    return model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes, which have to call this together; any other one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of a whole tensor, if `like` is sharded."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def tiny_tokenizer():
@@ -2085,11 +2174,9 @@ class Means:
 
     def reduce(self, run) -> dict[str, float]:
         sums = {name: pair.tolist() for name, pair in self.sums.items()}
-        if run.world > 1:
-            parts = [None] * run.world
-            dist.all_gather_object(parts, sums)
-            names = dict.fromkeys(name for part in parts for name in part)
-            sums = {name: [sum(part.get(name, (0, 0))[i] for part in parts) for i in (0, 1)] for name in names}
+        parts = run.gather(sums)
+        names = dict.fromkeys(name for part in parts for name in part)
+        sums = {name: [sum(part.get(name, (0, 0))[i] for part in parts) for i in (0, 1)] for name in names}
         return {name: total / max(count, 1) for name, (total, count) in sums.items()}
 
 
@@ -2111,14 +2198,27 @@ def micro_batches(rollout: Rollout, budget: int) -> list[Tensor]:
     return [torch.tensor(part) for part in parts]
 
 
+def each_micro_batch(run, rollout: Rollout) -> Iterator[tuple[slice, Rollout]]:
+    """Rows and sequences of each micro-batch. As many in every process, since sharded models gather their parameters in
+    all of them at once: where one has fewer, empty ones follow."""
+    parts = micro_batches(rollout, run.micro_batch_tokens)
+    missing = run.max(len(parts)) - len(parts)
+    for rows in inner_progress(parts, run.current_phase):
+        yield slice(rows[0], rows[-1] + 1), rollout.select(rows)
+    if missing:
+        empty = rollout.select(parts[0][:1])
+        empty.leave_out(torch.tensor([True]))
+        yield from [(slice(0, 0), empty)] * missing
+
+
 def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
     """`function(micro_batch)`, a (b, C') tensor, for all of `rollout` without gradients: (B, C), 0 outside the mask."""
 
     def whole():
         table = torch.zeros(rollout.completion_ids.shape, device=run.device)
-        for rows in micro_batches(rollout, run.micro_batch_tokens):
-            part = function(rollout.select(rows))
-            table[rows[0] : rows[-1] + 1, : part.shape[1]] = part
+        for rows, batch in each_micro_batch(run, rollout):
+            part = function(batch)
+            table[rows, : part.shape[1]] = part
         return table
 
     with torch.no_grad(), run.autocast():
@@ -2130,9 +2230,9 @@ def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer):
 
     def whole():
         optimizer.zero_grad(set_to_none=True)
-        for rows in inner_progress(micro_batches(rollout, run.micro_batch_tokens), "update"):
+        for _, batch in each_micro_batch(run, rollout):
             with run.autocast():
-                loss = loss_of(rollout.select(rows))
+                loss = loss_of(batch)
             loss.backward()
 
     with_less_memory(run, whole)
@@ -2144,10 +2244,9 @@ def with_less_memory(run, function):
         try:
             return function()
         except torch.cuda.OutOfMemoryError:
-            if run.micro_batch_tokens < 64:
-                raise UserError(
-                    "out of GPU memory: take fewer --prompts-per-step or --max-new-tokens, or --gradient-checkpointing"
-                ) from None
+            if run.micro_batch_tokens < 64 or run.world > 1:  # the other processes wait in the middle of the same pass
+                smaller = "a smaller --micro-batch-tokens, fewer --prompts-per-step or --max-new-tokens"
+                raise UserError(f"out of GPU memory: take {smaller}, or --gradient-checkpointing") from None
         torch.cuda.empty_cache()
         run.micro_batch_tokens //= 2
         run.warn(f"out of GPU memory: going on with --micro-batch-tokens {run.micro_batch_tokens}")
@@ -2167,7 +2266,7 @@ def set_learning_rate(optimizer, share: float):
 
 def clip_and_step(run, models: list[nn.Module], optimizer) -> Tensor:
     """Clip the gradient norm and take the optimiser's step, unless the gradient is not finite; returns the norm."""
-    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm) for model in models]
+    norms = [whole(torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm)) for model in models]
     if all(norm.isfinite() for norm in norms):
         optimizer.step()
         run.skipped_updates = 0
@@ -2230,7 +2329,7 @@ def update_flops(models: list[nn.Module], rollout: Rollout) -> float:
 def matrix_rate(device, dtype) -> float:
     """Measured rate of this device's matrix product, in operations a second."""
     n, times = (8192, 10) if device.type == "cuda" else (512, 10)
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    a = torch.randn(n, n, device=device, dtype=dtype if device.type == "cuda" else torch.float32)
     for repeat in range(2):  # the first warms up
         started = time.perf_counter()
         for _ in range(times):
@@ -2273,14 +2372,18 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
     """Write `checkpoints/step-…` of the run's folder: complete or not at all. Models as safetensors, the rest as state.pt."""
     folder = run.folder / "checkpoints" / f"step-{state['step']:06}"
     partial = folder.with_name(f".{folder.name}.partial")
+    weights = {name: gathered(run, weights_of(model)) for name, model in models.items()}
+    moments = {i: gathered(run, tensors) for i, tensors in optimizer.state_dict()["state"].items()}
     if run.rank == 0:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            for name, model in models.items():
-                safetensors.torch.save_model(model, str(partial / f"{name}.safetensors"))
+            for name, tensors in weights.items():
+                safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
             extra = {"random": random.getstate(), "torch_random": torch.get_rng_state(), "position": prompts.position}
-            torch.save({"state": state, "optimizer": optimizer.state_dict(), **extra}, partial / "state.pt")
+            torch.save(
+                {"state": state, "optimizer": optimizer.state_dict() | {"state": moments}, **extra}, partial / "state.pt"
+            )
             digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
             (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
             for path in partial.iterdir():
@@ -2297,6 +2400,22 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
             shutil.rmtree(old)
 
 
+def weights_of(model) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name; tied ones once."""
+    names = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in names}
+
+
+def gathered(run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors on the CPU of the first process; the others help to gather them and keep none."""
+    kept = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if run.rank == 0:
+            kept[name] = tensor.cpu().contiguous()
+    return kept
+
+
 def file_digest(path):
     with open(path, "rb") as file:
         return (
@@ -2308,8 +2427,24 @@ def file_digest(path):
 
 def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "PromptStream") -> dict[str, Any]:
     """Load the newest undamaged checkpoint of --resume; returns the state that `save_checkpoint` got."""
-    folders = sorted((Path(run.args.resume) / "checkpoints").glob("step-*"), reverse=True)
-    for folder in folders:
+    folder = run.gather(newest_checkpoint(run) if run.rank == 0 else None)[0]
+    for name, model in models.items():
+        with safetensors.safe_open(folder / f"{name}.safetensors", "pt") as file, torch.no_grad():
+            for key, tensor in weights_of(model).items():
+                tensor.copy_(placed(file.get_tensor(key), tensor))
+    saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=run.world > 1)
+    random.setstate(saved["random"]), torch.set_rng_state(saved["torch_random"])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, moments in saved["optimizer"]["state"].items():
+        saved["optimizer"]["state"][i] = {name: placed(x, parameters[i]) if x.dim() else x for name, x in moments.items()}
+    optimizer.load_state_dict(saved["optimizer"])
+    prompts.position = saved["position"]
+    run.say(f"resuming after step {saved['state']['step']} from {folder}")
+    return saved["state"]
+
+
+def newest_checkpoint(run) -> Path:
+    for folder in sorted((Path(run.args.resume) / "checkpoints").glob("step-*"), reverse=True):
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             damaged = [name for name, digest in manifest.items() if file_digest(folder / name) != digest]
@@ -2320,21 +2455,15 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
             continue
         if int(folder.name.removeprefix("step-")) >= run.args.steps:
             raise UserError(f"--resume {run.args.resume}: that run has finished its {run.args.steps} steps")
-        for name, model in models.items():
-            safetensors.torch.load_model(model, str(folder / f"{name}.safetensors"), device=str(run.device))
-        saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        random.setstate(saved["random"]), torch.set_rng_state(saved["torch_random"])
-        optimizer.load_state_dict(saved["optimizer"])
-        prompts.position = saved["position"]
-        run.say(f"resuming after step {saved['state']['step']} from {folder}")
-        return saved["state"]
+        return folder
     raise UserError(f"--resume {run.args.resume}: no undamaged checkpoint there (--save-every writes them)")
 
 
 def save_final(run, model, tokenizer):
     """`final/` of the run's folder, which AutoModelForCausalLM and AutoTokenizer load."""
+    weights = gathered(run, weights_of(model))
     if run.rank == 0:
-        model.save_pretrained(run.folder / "final")
+        model.save_pretrained(run.folder / "final", state_dict=weights)
         tokenizer.save_pretrained(run.folder / "final")
 
 

@@ -261,8 +261,9 @@ def main(args: Args) -> int:
     policy, tokenizer, end_ids = common.load_policy(args, run)
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, policy.config, train_rows, eval_rows)
     prompts = common.PromptStream(train_prompts, args.seed)
-    reference = common.frozen_copy(policy, run.compute_dtype) if args.kl_coef > 0 else None
-    sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype)
+    reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
+    sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)
+    common.shard(run, policy)  # between the processes; nothing to do for one
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
@@ -317,8 +318,7 @@ def main(args: Args) -> int:
         lr = common.learning_rate(args, step)
         common.set_learning_rate(optimizer, lr)
         for epoch in range(args.update_epochs):
-            order = run.permutation(step * args.update_epochs + epoch, 1, N)
-            for groups in order.tensor_split(args.num_minibatches):  # a group stays together: its prompt runs once
+            for groups in run.minibatches(step * args.update_epochs + epoch):  # a group stays together: its prompt runs once
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
                 sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
 
@@ -329,8 +329,10 @@ def main(args: Args) -> int:
                     ratio = policy_ratio(logprobs, old_logprobs, mask, per_sequence=args.loss == "gspo")
                     if args.loss == "cispo":
                         loss = cispo_loss(ratio, batch.advantages, logprobs, args.clip_high)
+                        clipped = ratio > 1 + args.clip_high
                     else:
                         loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
+                        clipped = is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high)
                     if args.tis_cap and not sampler.is_exact:
                         loss = loss * importance_weights(old_logprobs, batch.sampler_logprobs, args.tis_cap)
                     means.add("losses/policy_loss", loss, mask)
@@ -338,7 +340,7 @@ def main(args: Args) -> int:
                         loss = loss + args.kl_coef * kl_to_reference(logprobs, batch.ref_logprobs, args.kl_estimator)
                     means.add("losses/entropy", entropy, mask)
                     means.add("losses/approx_kl", kl_to_reference(old_logprobs, logprobs), mask)
-                    means.add("losses/clipfrac", is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high), mask)
+                    means.add("losses/clipfrac", clipped, mask)
                     return (loss * token_weights(args.loss, mask, sequences, tokens, args.max_new_tokens)).sum()
 
                 common.accumulate_gradients(run, loss_of, minibatch, optimizer)

@@ -177,9 +177,10 @@ def main(args: Args) -> int:
     policy, tokenizer, end_ids = common.load_policy(args, run)
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, policy.config, train_rows, eval_rows)
     prompts = common.PromptStream(train_prompts, args.seed)
-    reference = common.frozen_copy(policy, run.compute_dtype) if args.kl_coef > 0 else None
-    critic = common.load_critic(args, run, policy) if args.baseline == "critic" else None
-    sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype)
+    reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
+    critic = common.shard(run, common.load_critic(args, run, policy)) if args.baseline == "critic" else None
+    sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)
+    common.shard(run, policy)  # between the processes; nothing to do for one
     learners = {"policy": policy} | ({"critic": critic} if critic else {})
     learning_rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
     groups = [{"params": list(model.parameters()), "lr": learning_rates[name]} for name, model in learners.items()]
@@ -240,8 +241,7 @@ def main(args: Args) -> int:
         lr = common.learning_rate(args, step)
         common.set_learning_rate(optimizer, lr)
         for epoch in range(args.update_epochs):
-            order = run.permutation(step * args.update_epochs + epoch, 1, N)
-            for groups in order.tensor_split(args.num_minibatches):  # a group stays together: its prompt runs once
+            for groups in run.minibatches(step * args.update_epochs + epoch):  # a group stays together: its prompt runs once
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
                 tokens = run.sum(minibatch.lengths.sum())[0]
 

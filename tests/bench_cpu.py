@@ -113,7 +113,10 @@ def take_turns(lengths: list[int]):
     numbers = {"cpu_seconds": time.process_time(), "megabytes": megabytes, "mean_length": sum(lengths) / len(lengths)}
     parent().write(json.dumps(numbers) + "\n")
     parent().flush()
-    if not parent().readline():
+    answer = parent().readline()
+    if answer == "stop\n":
+        raise KeyboardInterrupt  # what no reward function's caller catches
+    if not answer:
         os._exit(0)
 
 
@@ -387,7 +390,7 @@ def run_child(options):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             try:
                 run_ours(algorithm, options.folder, w, options)
-            except StopIteration:
+            except KeyboardInterrupt:
                 pass
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
     else:

@@ -13,7 +13,6 @@ SIZES = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hi
 SIZES |= dict(max_position_embeddings=64, bos_token_id=None, eos_token_id=1, pad_token_id=0)
 GQA = dict(num_key_value_heads=2)
 EXPERTS = dict(num_experts_per_tok=2)
-SOFTCAP = dict(attn_logit_softcapping=None, final_logit_softcapping=None)
 
 # name -> config: each a few thousand parameters. Families differ in positions, biases, norms, heads and windows.
 FAMILIES = {

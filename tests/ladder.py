@@ -20,14 +20,13 @@ machine count little. KL is that of a whole completion on held-out prompts, k1, 
 """
 
 import argparse
-import contextlib
 import importlib
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -58,6 +57,8 @@ EXPERIMENTS = RUNGS | {
     "hole-KL-0": f"{GRPO} --update-epochs 2 --kl-coef 0 {HOLE}",
     "hole-KL-0.2": f"{GRPO} --update-epochs 2 --kl-coef 0.2 {HOLE}",
     "hole-KL-1.0": f"{GRPO} --update-epochs 2 --kl-coef 1.0 {HOLE}",
+    "hole-PPO-KL-0": f"{PPO} --update-epochs 2 --kl-coef 0 {HOLE}",
+    "hole-PPO-KL-0.2": f"{PPO} --update-epochs 2 --kl-coef 0.2 {HOLE}",
     "shifted-1-score": f"{RUNGS['1-score']} {SHIFTED}",
     "shifted-1-score-clip": f"{PPO} --update-epochs 2 --baseline none --kl-coef 0 {SHIFTED}",
     "shifted-2+critic": f"{RUNGS['2+critic']} {SHIFTED}",
@@ -81,15 +82,14 @@ def with_a_hole(completions, answer, **_):
 # =============================================================================
 
 
-def child(sender, name, seed, quick, folder):
-    """Do one run and send its result, a dictionary."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-        if name == "gradient-noise":
-            result = gradient_noise(seed, batches=4) if quick else gradient_noise(seed)
-        else:
-            flags = f"--seed {seed} --eval-every 10 --device cpu --output-dir {folder}/{name}-{seed}"
-            result = train(f"{EXPERIMENTS[name]} {flags} {'--steps 20 --warmup-steps 5' if quick else ''}")
-    sender.send(result)
+def child(name, seed, quick):
+    """The result of one run, a dictionary."""
+    os.chdir(ROOT), sys.path.insert(0, str(ROOT))
+    if name == "gradient-noise":
+        return gradient_noise(seed, batches=4) if quick else gradient_noise(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--seed {seed} --eval-every 10 --device cpu --output-dir {folder}/run"
+        return train(f"{EXPERIMENTS[name]} {flags} {'--steps 20 --warmup-steps 5' if quick else ''}")
 
 
 def train(command):
@@ -227,7 +227,11 @@ def main():
     parser.add_argument("--quick", action="store_true", help="20 steps a run, into runs/ladder-quick.json")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--results", type=Path, help="another JSON file; the figure goes beside it")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.child:
+        print("\n" + json.dumps(child(options.only[0], options.seeds[0], options.quick)))
+        return
     path = (options.results or (ROOT / "runs/ladder-quick.json" if options.quick else RESULTS)).resolve()
     results = json.loads(path.read_text()) if path.exists() else {}
     if not options.report:
@@ -243,27 +247,19 @@ def run_all(options, path, results):
     """Do the runs that are missing (or were done with another command), and write each result at once."""
     jobs = [(name, seed) for name in EXPERIMENTS if name in options.only for seed in options.seeds]
     jobs = [job for job in jobs if results.get("{} {}".format(*job), {}).get("command") != EXPERIMENTS[job[0]]]
-    os.chdir(ROOT), sys.path.insert(0, str(ROOT)), os.environ.update(OMP_NUM_THREADS="1")
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["common", "grpo", "ppo"])  # so that the libraries load once
+    path.parent.mkdir(exist_ok=True)
     bar = tqdm(jobs, unit="run", dynamic_ncols=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, seed in bar:
-            bar.set_description(f"{name}, seed {seed}")
-            receiver, sender = processes.Pipe(duplex=False)
-            process = processes.Process(target=child, args=(sender, name, seed, options.quick, folder))
-            process.start(), sender.close()
-            try:
-                results[f"{name} {seed}"] = rounded({"command": EXPERIMENTS[name]} | receiver.recv())
-            except EOFError:
-                sys.exit(f"{name}, seed {seed}: ended without a result")
-            finally:
-                process.terminate(), process.join()
-            lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(results[key])}" for key in sorted(results))
-            path.parent.mkdir(exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(f"{{\n{lines}\n}}\n")
-            partial.replace(path)
+    for name, seed in bar:
+        bar.set_description(f"{name}, seed {seed}")
+        command = [sys.executable, __file__, "--child", "--only", name, "--seeds", str(seed)] + ["--quick"] * options.quick
+        process = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if process.returncode:
+            sys.exit(f"{name}, seed {seed}: exit status {process.returncode}\n{process.stderr[-2000:]}")
+        results[f"{name} {seed}"] = rounded({"command": EXPERIMENTS[name]} | json.loads(process.stdout.splitlines()[-1]))
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(results[key])}" for key in sorted(results))
+        partial = path.with_suffix(".partial")
+        partial.write_text(f"{{\n{lines}\n}}\n")
+        partial.replace(path)
 
 
 def rounded(x):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import helpers
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,6 +122,8 @@ def test_final_model_loads_in_transformers_and_reproduces_the_accuracy(finished)
     right = sum(text == row["answer"] for text, row in zip(texts, rows))
     assert right / 100 == pytest.approx(float(last_line(process)[2]), abs=1e-9)
     assert model.dtype == torch.float32 and tokenizer.eos_token == "<end>"
+    trained = safetensors.torch.load_file(run / f"checkpoints/step-{STEPS:06}/policy.safetensors")
+    assert trained and all(torch.equal(model.state_dict()[name], weight) for name, weight in trained.items())
 
 
 def test_args_json_holds_every_argument(finished):
@@ -150,6 +153,7 @@ def tiny_folder(tmp_path_factory):
 def script(monkeypatch, tmp_path):
     """Call of grpo.py in this process with a command line: its exit status. The working folder is an empty one."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "matrix_rate", lambda *_: 1e9)  # to measure it takes longer than these runs
 
     def call(*argv):
         monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, argv)])
@@ -208,15 +212,22 @@ def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(script, tin
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_micro_batches_do_not_change_a_run(script, tiny_folder, tmp_path):
+def test_micro_batches_do_not_change_a_run(script, monkeypatch, tiny_folder, tmp_path):
+    """Neither the weights nor a logged number, the gradient's norm among them (which Adam alone would hide)."""
     (tmp_path / "rewards.py").write_text("def length(completion_ids, **_):\n    return [sum(i) / 10 for i in completion_ids]\n")
-    weights = []
+    weights, logged, log = [], [], common.Run.log
+    monkeypatch.setattr(common.Run, "log", lambda run, step, metrics: logged.append(metrics) or log(run, step, metrics))
     for tokens in (1, 30, 16384):
         flags = ["--reward", "rewards.py:length", "--kl-coef", "0.1", "--micro-batch-tokens", tokens, "--output-dir", f"run{tokens}"]
         assert script("--model", tiny_folder, *SHORT, *flags) == 0
         weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"run{tokens}/final").get_output_embeddings().weight)
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=0)
+    for first, *others in zip(logged[:3], logged[3:6], logged[6:]):  # each run: an evaluation and two steps
+        for other in others:
+            same = {name: value for name, value in other.items() if not name.startswith("perf/")}
+            assert same == pytest.approx({name: first[name] for name in same}, rel=1e-4, abs=1e-6)
+    assert float(logged[1]["losses/grad_norm"]) > 1e-3
 
 
 def test_ref_refresh_makes_the_reference_the_current_policy(script, monkeypatch, tiny_folder, tmp_path):
@@ -229,6 +240,8 @@ def test_ref_refresh_makes_the_reference_the_current_policy(script, monkeypatch,
         assert script("--model", tiny_folder, *SHORT, *flags, "--ref-refresh", refresh, "--output-dir", f"run{refresh}") == 0
     assert kl[1] == pytest.approx(0, abs=1e-6) and kl[2] > 1e-4  # after an evaluation: steps 1 and 2
     assert kl[4] == pytest.approx(0, abs=1e-6) and kl[5] == pytest.approx(0, abs=1e-6)
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny_folder, tmp_path / "run1/final"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)  # not the policy that became the reference
 
 
 def test_dynamic_sampling_replaces_groups_and_keeps_prompts_texts_and_scores_together():
@@ -252,7 +265,7 @@ def test_dynamic_sampling_replaces_groups_and_keeps_prompts_texts_and_scores_tog
     grpo.resample_equal_groups(run, sampler, tokenizer, stream, rewards, 1, rollout, step_prompts, texts, scores)
 
     after = int(grpo.has_equal_scores(scores.total, 3).sum())
-    assert after < before and before <= run.resampled <= 3 * before
+    assert after < before <= run.resampled <= 3 * before
     assert set(kept) <= set(scores.total.tolist())
     new_texts, new_ids = common.decode(tokenizer, rollout)
     assert texts == new_texts

@@ -1,0 +1,108 @@
+"""Short real runs of both scripts for several test files: a model that needs no warm start, prompts, rewards, launching."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import safetensors.torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import common
+import grpo
+import ppo
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"grpo": grpo, "ppo": ppo}
+
+REWARDS = '''
+import os, signal, time
+from pathlib import Path
+
+rank, calls = int(os.environ.get("RANK", 0)), 0
+
+def digits(completions, answer, completion_ids, **_):
+    """Digits of the answer in the completion; writes down how many tokens this process has sampled."""
+    with open(Path(__file__).with_name("tokens.txt"), "a") as file:
+        print(rank, sum(map(len, completion_ids)), file=file)
+    return [sum(text.count(digit) for digit in want) / (1 + len(text)) for text, want in zip(completions, answer)]
+
+def on_third_call(act):
+    def reward(completions, **_):
+        global calls
+        calls += 1
+        if calls == 3 and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+            act()
+        return [float(len(text)) for text in completions]
+    return reward
+
+def raise_error():
+    raise RuntimeError("on the last process alone")
+
+fails = on_third_call(raise_error)
+dies = on_third_call(lambda: os.kill(os.getpid(), signal.SIGKILL))
+interrupts = on_third_call(lambda: os.kill(os.getpid(), signal.SIGINT))
+terminates = on_third_call(lambda: os.kill(os.getpid(), signal.SIGTERM))
+'''
+
+
+def make_materials(folder):
+    """A model of random weights, which ends its completions at random, 60 prompts and a file of rewards."""
+    tokenizer = common.tiny_tokenizer()
+    common.tiny_model(tokenizer, seed=1).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, common.addition_rows("train")[:60])))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def arguments(materials, script, output, reward="digits", **changed):
+    """The command line of a run of 3 steps; a learning rate of 1e-4, since Adam magnifies rounding in gradients near 0."""
+    flags = dict(model=materials / "model", dataset=materials / "prompts.jsonl", output_dir=output, device="cpu")
+    flags |= dict(reward=f"{materials / 'rewards.py'}:{reward}", max_new_tokens=12, micro_batch_tokens=64)
+    flags |= dict(steps=3, prompts_per_step=8, update_epochs=2, num_minibatches=2, eval_every=0, eval_prompts=4)
+    flags |= dict(learning_rate=1e-4, warmup_steps=0)
+    flags |= dict(group_size=4) if script == "grpo" else dict(samples_per_prompt=4, critic_learning_rate=1e-4)
+    return [text for name, value in (flags | changed).items() for text in ("--" + name.replace("_", "-"), str(value))]
+
+
+def run_here(script, argv):
+    """A run in this process; returns the exit status."""
+    module = SCRIPTS[script]
+    return module.main(common.parse_args(module.Args, argv))
+
+
+def command(script, argv, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return [sys.executable, *launcher, str(ROOT / f"{script}.py"), *argv]
+
+
+def launch(script, argv, processes=1, timeout=300):
+    """A run in processes of its own, to its end; output and errors come together as text."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command(script, argv, processes), env=environment, text=True, timeout=timeout, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def final_weights(output):
+    return safetensors.torch.load_file(output / "final" / "model.safetensors")
+
+
+def largest_difference(output, other):
+    """Between the final weights of two runs."""
+    a, b = final_weights(output), final_weights(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def scalars(output):
+    """What TensorBoard shows of a run: name -> {step: value}, without what depends on the clock. No step twice."""
+    reader = EventAccumulator(str(output), size_guidance={"scalars": 0}).Reload()
+    events = {name: reader.Scalars(name) for name in reader.Tags()["scalars"] if not name.startswith("perf/")}
+    for name, points in events.items():
+        steps = [point.step for point in points]
+        assert steps == sorted(set(steps)), (name, steps)
+    return {name: {point.step: point.value for point in points} for name, points in events.items()}

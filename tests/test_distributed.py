@@ -1,0 +1,118 @@
+"""Two processes do what one does: the same updates, whole checkpoints, decisions taken together."""
+
+import shutil
+import time
+
+import pytest
+import torch
+
+import common
+import helpers
+import runs
+
+CASES = {"grpo": {"loss": "grpo"}, "grpo dapo": {"loss": "dapo", "num_minibatches": 1}, "ppo": {}}
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    return runs.make_materials(tmp_path_factory.mktemp("materials"))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def one_and_two(request, materials):
+    """The same run of three steps in one process and in two: (script, folder, folder)."""
+    script, folders = request.param.split()[0], [materials / f"{request.param} {n}" for n in (1, 2)]
+    flags = dict(CASES[request.param], save_every=2)
+    assert runs.run_here(script, runs.arguments(materials, script, folders[0], **flags)) == 0
+    (materials / "tokens.txt").unlink()
+    result = runs.launch(script, runs.arguments(materials, script, folders[1], **flags), processes=2)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("done steps=3") == 1  # only the first process speaks
+    return script, *folders
+
+
+def test_weights_equal_those_of_one_process(materials, one_and_two):
+    _, one, two = one_and_two
+    tokens = [line.split() for line in (materials / "tokens.txt").read_text().splitlines()]
+    assert [n for rank, n in tokens if rank == "0"] != [n for rank, n in tokens if rank == "1"]  # uneven lengths
+    assert runs.largest_difference(one, two) < 1e-6
+
+
+def test_metrics_equal_those_of_one_process(one_and_two):
+    _, one, two = one_and_two
+    assert (want := runs.scalars(one)).keys() == (got := runs.scalars(two)).keys()
+    for name in want:
+        assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), name
+
+
+def test_run_started_on_two_resumes_on_one(one_and_two, tmp_path):
+    script, _, two = one_and_two
+    shutil.copytree(two, tmp_path / "run", ignore=shutil.ignore_patterns("final"))
+    assert runs.run_here(script, ["--resume", str(tmp_path / "run")]) == 0
+    assert runs.largest_difference(two, tmp_path / "run") < 1e-6
+    runs.scalars(tmp_path / "run")
+
+
+@pytest.mark.parametrize("one_and_two", ["ppo"], indirect=True)
+def test_run_started_on_one_resumes_on_two(one_and_two, tmp_path):
+    script, one, _ = one_and_two
+    shutil.copytree(one, tmp_path / "run", ignore=shutil.ignore_patterns("final"))
+    result = runs.launch(script, ["--resume", str(tmp_path / "run")], processes=2)
+    assert result.returncode == 0, result.stdout
+    assert runs.largest_difference(one, tmp_path / "run") < 1e-6
+
+
+def test_error_of_one_process_ends_all_with_one_line(materials, tmp_path):
+    result = runs.launch("grpo", runs.arguments(materials, "grpo", tmp_path / "run", reward="fails", steps=50), processes=2)
+    assert result.stdout.count("grpo.py: error: reward") == 1, result.stdout
+    assert "on the last process alone" in result.stdout
+    assert result.stdout.count("exitcode  : 2 ") == 2, result.stdout  # torchrun's report of its two processes
+    assert "stopping after this step" not in result.stdout
+
+
+def test_process_that_dies_ends_the_other(materials, tmp_path):
+    started = time.time()
+    result = runs.launch("grpo", runs.arguments(materials, "grpo", tmp_path / "run", reward="dies", steps=50), processes=2)
+    assert result.returncode != 0
+    assert time.time() - started < 120  # loading included
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_signal_to_one_process_stops_both_with_a_checkpoint(materials, tmp_path):
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", reward="interrupts", steps=50)
+    result = runs.launch("grpo", argv, processes=2)
+    assert result.stdout.count("to go on: python grpo.py --resume") == 1, result.stdout
+    assert "exitcode  : 130 " in result.stdout  # the process that is last may get torchrun's SIGTERM on its way out
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_minibatches_are_the_same_for_any_number_of_processes(world, parts, monkeypatch):
+    run = helpers.make_run(prompts_per_step=16, num_minibatches=parts)
+    want = [part.tolist() for part in run.minibatches(7)]
+    assert sorted(sum(want, [])) == list(range(16))
+    run.world, got, sizes = world, [[] for _ in range(parts)], set()
+    for run.rank in range(world):
+        for part, mine in zip(got, run.minibatches(7), strict=True):
+            part += (mine + run.rank * 16 // world).tolist()
+            sizes.add(len(mine))
+    assert got == want
+    assert sizes == {16 // world // parts}  # each process has as much to do in each
+
+
+def test_every_process_makes_as_many_passes():
+    rollout, _, _ = helpers.ragged_rollout()
+    run = helpers.make_run(micro_batch_tokens=15)
+    own = len(common.micro_batches(rollout, 15))
+    run.max = lambda number: number + 2
+    batches = list(common.each_micro_batch(run, rollout))
+    assert len(batches) == own + 2
+    assert all(batch.lengths.tolist() == [0] and not batch.completion_mask.any() for _, batch in batches[own:])
+    model = helpers.make_model("llama")
+    table = common.logprobs_without_gradient(run, model, rollout)
+    want = common.completion_logprobs(model, rollout, run.args.temperature).detach()
+    assert torch.allclose(table, want, atol=1e-6)
+    _, empty = batches[-1]
+    common.completion_logprobs(model, empty, 1.0).sum().backward()  # what keeps the processes' backward passes in step
+    assert all(float(gradient.abs().max()) == 0 for gradient in helpers.gradients(model).values())
