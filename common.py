@@ -59,6 +59,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 # =============================================================================
@@ -89,7 +90,7 @@ class OneLineParser(HfArgumentParser):
 
 # What a resumed run may change: nothing that the path of the training depends on.
 RESUME_MAY_CHANGE = {
-    "resume", "device", "micro_batch_tokens", "gradient_checkpointing", "eval_every", "save_every", "keep_checkpoints",
+    "resume", "device", "micro_batch_tokens", "compile", "gradient_checkpointing", "eval_every", "save_every", "keep_checkpoints",
     "log_samples", "reward_timeout",
 }  # fmt: skip
 
@@ -950,6 +951,8 @@ class Sampler:
         self.block = 128 if self.is_cuda else 1
         columns = -(-(P + self.C) // self.block) * self.block
         if self.cache is None or self.cache.rows < B or self.cache.columns < columns:
+            if self.cache is not None:  # evaluation and training must not take turns at making each other's cache anew
+                B, columns = max(B, self.cache.rows), max(columns, self.cache.columns)
             self.graphs, self.pool, self.cache = {}, None, None  # frees the old cache before the new one
             self.cache = DecodeLayout(B, columns, self.device, self.compute_dtype)
             self.tokens, self.sequence, self.lengths = (
@@ -1014,12 +1017,12 @@ class Sampler:
             with torch.cuda.stream(self.stream):
                 self.step(greedy)  # warms up what must not happen during the capture
             torch.cuda.current_stream().wait_stream(self.stream)
+            for x, old in zip(self.state(), saved):
+                x.copy_(old)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.step(greedy)
             self.graphs[key], self.pool = graph, graph.pool()
-            for x, old in zip(self.state(), saved):
-                x.copy_(old)
         self.graphs[key].replay()
 
     def state(self):
@@ -1194,6 +1197,14 @@ def frozen_copy(model, compute_dtype=torch.float32):
                 parameter.data = parameter.data.to(compute_dtype)
         frozen.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
     return frozen
+
+
+def compile_layers(*models):
+    """Let torch.compile fuse what stands between the matrix products of each layer; attention stays what it is."""
+    AttentionInterface.register("flat_row", torch.compiler.disable(flat_row_attention))
+    for module in nn.ModuleList(model for model in models if model is not None).modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
 
 
 @torch.no_grad()

@@ -344,16 +344,18 @@ def decode(results, sizes, options):
                 what = f"decode {name}, {rows} rows, context {context}"
                 with guarded(results, what):
                     model = model or build_model(shape, sizes.device)
-                    decode_once(results, sizes, model, shape, rows, context, what)
+                    decode_once(results, sizes, model, shape, rows, context, what, options)
 
 
-def decode_once(results, sizes, model, shape, rows, context, what):
+def decode_once(results, sizes, model, shape, rows, context, what, options):
     """Seconds of the decoding steps alone, prefill excluded, at `context` tokens on average, all rows alive."""
     import common
 
     steps = min(sizes.decode_steps, context // 2)
     dtype = torch.bfloat16 if sizes.device == "cuda" else torch.float32
     sampler = common.Sampler(model, {-1}, 1.0, steps + 1, dtype)
+    if "--compile" in options.flags:
+        common.compile_layers(sampler.model)
     P = context - steps // 2
     prompts = torch.randint(1, shape.vocabulary, (max(rows // GROUP, 1), P)).tolist()
     uniforms, started = torch.rand(rows, steps + 1), []

@@ -54,11 +54,11 @@ HOLE = "--reward tests/ladder.py:with_a_hole --eval-reward exact"
 EXPERIMENTS = RUNGS | {
     "4-epochs-clip": f"{GRPO} --update-epochs 4 --kl-coef 0",
     "4-epochs-no-clip": f"{GRPO} --update-epochs 4 --kl-coef 0 {NO_CLIP}",
-    "hole-KL-0": f"{GRPO} --update-epochs 2 --kl-coef 0 {HOLE}",
-    "hole-KL-0.2": f"{GRPO} --update-epochs 2 --kl-coef 0.2 {HOLE}",
-    "hole-KL-1.0": f"{GRPO} --update-epochs 2 --kl-coef 1.0 {HOLE}",
-    "hole-PPO-KL-0": f"{PPO} --update-epochs 2 --kl-coef 0 {HOLE}",
-    "hole-PPO-KL-0.2": f"{PPO} --update-epochs 2 --kl-coef 0.2 {HOLE}",
+    "hole-GRPO-0": f"{GRPO} --update-epochs 2 --kl-coef 0 {HOLE}",
+    "hole-GRPO-0.2": f"{GRPO} --update-epochs 2 --kl-coef 0.2 {HOLE}",
+    "hole-GRPO-1.0": f"{GRPO} --update-epochs 2 --kl-coef 1.0 {HOLE}",
+    "hole-PPO-0": f"{PPO} --update-epochs 2 --kl-coef 0 {HOLE}",
+    "hole-PPO-0.2": f"{PPO} --update-epochs 2 --kl-coef 0.2 {HOLE}",
     "shifted-1-score": f"{RUNGS['1-score']} {SHIFTED}",
     "shifted-1-score-clip": f"{PPO} --update-epochs 2 --baseline none --kl-coef 0 {SHIFTED}",
     "shifted-2+critic": f"{RUNGS['2+critic']} {SHIFTED}",
@@ -275,17 +275,17 @@ def rounded(x):
 # =============================================================================
 
 COMPLETIONS, ACCURACY, EASY, HARD, PROXY, KL = range(6)  # of a point of a run's curve
-NOISE_OF = {"1-score": "score", "2+critic": "score - critic", "3+clip": "score - critic", "4+KL": "score - critic", "5-GRPO": "group mean and std"}
-NOISE_OF |= {name: f"plain: {key}" for name, key in NOISE_OF.items()} | {f"shifted-{name}": f"shifted: {key}" for name, key in NOISE_OF.items()}
+NOISE = {"1-score": "score", "2+critic": "score - critic", "3+clip": "score - critic", "4+KL": "score - critic", "5-GRPO": "group mean and std"}
+NOISE = {f"{prefix}{name}": f"{reward}: {key}" for name, key in NOISE.items() for prefix, reward in (("", "plain"), ("shifted-", "shifted"))}
 
 
 def final(runs, column):
     return [run["curve"][-1][column] for run in runs]
 
 
-def completions_to(level, run, column=ACCURACY):
-    """Completions sampled until the first evaluation at this accuracy; infinity if there is none."""
-    return next((point[COMPLETIONS] for point in run["curve"] if point[column] >= level), math.inf)
+def gain(runs, column):
+    """Median of what was learned."""
+    return statistics.median(run["curve"][-1][column] - run["curve"][0][column] for run in runs)
 
 
 def median(values, form):
@@ -296,81 +296,81 @@ def with_range(values, form=".2f"):
     return f"{median(values, form)} ({min(values):{form}} to {max(values):{form}})"
 
 
+def completions_to(level, runs):
+    """Completions sampled until the first evaluation at this accuracy, in the median seed."""
+    needed = [next((p[COMPLETIONS] for p in run["curve"] if p[ACCURACY] >= level), math.inf) for run in runs]
+    middle, reached = statistics.median_high(needed), len(runs) - needed.count(math.inf)
+    return f"{middle:,}" if middle < math.inf else f"{reached} of {len(runs)} seeds got there"
+
+
 def print_table(done):
     """A line a run, medians over the seeds, as Markdown."""
-    table = ["run, seeds | accuracy | easy | hard | completions to 0.9 | gradient noise | KL | largest ratio | seconds | trained parameters | MB"]
-    table += ["|".join(["---"] * 11)]
+    head = "run | seeds | accuracy | easy | hard | completions to 0.9 | gradient noise | KL | largest ratio | seconds | trained parameters | MB"
+    print(f"| {head} |\n|{'---|' * (head.count('|') + 1)}")
     for name, runs in done.items():
-        if name == "gradient-noise":
-            continue
-        needed = [completions_to(0.9, run) for run in runs]
-        reached = [count for count in needed if count < math.inf]
-        cells = [f"{name}, {len(runs)}", with_range(final(runs, ACCURACY), ".3f"), median(final(runs, EASY), ".3f"), median(final(runs, HARD), ".3f")]
-        cells += [f"{statistics.median_high(needed):,}" if statistics.median_high(needed) < math.inf else f"{len(reached)} of {len(runs)} got there"]
-        cells += [median([result["noise"][NOISE_OF[name]] for result in done.get("gradient-noise", [])], ".1f") if name in NOISE_OF else ""]
-        cells += [median(final(runs, KL), ".2f")]
-        cells += [median([run[key] for run in runs], form) for key, form in (("largest_ratio", ",.3g"), ("seconds", ".0f"), ("parameters", ","), ("megabytes", ".0f"))]
-        table.append(" | ".join(cells))
-    print("\n".join(f"| {line} |" for line in table))
+        if name != "gradient-noise":
+            noises = [result["noise"][NOISE[name]] for result in done.get("gradient-noise", [])] if name in NOISE else []
+            cells = [name, len(runs), with_range(final(runs, ACCURACY), ".3f"), median(final(runs, EASY), ".3f"), median(final(runs, HARD), ".3f")]
+            cells += [completions_to(0.9, runs), median(noises, ".1f"), median(final(runs, KL), ".2f")]
+            for key, form in (("largest_ratio", ",.3g"), ("seconds", ".0f"), ("parameters", ",.0f"), ("megabytes", ".0f")):
+                cells.append(median([run[key] for run in runs], form))
+            print(f"| {' | '.join(map(str, cells))} |")
 
 
 def print_verdicts(done):
-    """What the article claims, held against the numbers. Each rule stands in its line."""
+    """What the article claims, each with the rule by which it counts as shown, held against the numbers."""
 
     def verdict(claim, shows, numbers):
-        print(f"\n{claim}\n  {'shows' if shows else 'DOES NOT SHOW'}: {numbers}")
+        print(f"\n{claim}\n  -> {'SHOWN' if shows else 'NOT SHOWN'}: {numbers}")
 
-    def have(*names):
-        return all(name in done for name in names)
+    def at_end(name, form=".2f"):
+        return with_range(final(done[name], ACCURACY), form)
 
-    if have("gradient-noise"):
-        results = done["gradient-noise"]
-        for reward in ("plain", "shifted"):
-            names = [key for key in results[0]["noise"] if key.startswith(reward)]
-            values = {key.split(": ")[1]: [result["noise"][key] for result in results] for key in names}
-            shows = all(bare > 1.25 * critic for bare, critic in zip(values["score"], values["score - critic"]))
-            text = "; ".join(f"{key} {with_range(noises, '.1f')}" for key, noises in values.items())
-            explained = median([result["explained_variance"][reward] for result in results], ".2f")
-            claim = f"(a) A bare score has a noisier gradient than score minus critic (by a quarter in every seed), {reward} scores"
-            verdict(claim, shows, f"tr Cov / |mean|^2 of a batch's gradient: {text}. The critic explains {explained} of the scores' variance")
-        print(f"  share of right samples at the start: {median([result['success'] for result in results], '.2f')}")
+    noises = done.get("gradient-noise", [])
+    for reward in ("plain", "shifted") if noises else ():
+        values = {key: [result["noise"][key] for result in noises] for key in noises[0]["noise"] if key.startswith(reward)}
+        shows = all(bare > 1.25 * critic for bare, critic in zip(values[f"{reward}: score"], values[f"{reward}: score - critic"]))
+        text = ", ".join(f"{key} {with_range(some, '.1f')}" for key, some in values.items())
+        rest = f"critic's explained variance {median([r['explained_variance'][reward] for r in noises], '.2f')}"
+        rest += f", right samples {median([r['success'] for r in noises], '.2f')}"
+        verdict("(a) A bare score has more gradient noise than score minus critic: by a quarter in every seed", shows, f"{text}; {rest}")
 
-    for prefix, reward in (("", "plain scores"), ("shifted-", "shifted scores")):
-        names = [prefix + name for name in ("1-score", "1-score-clip", "2+critic", "5-GRPO") if have(prefix + name)]
-        if have(*(prefix + name for name in ("1-score", "2+critic", "5-GRPO"))):
-            lag = {name: statistics.mean(p[EASY] - p[HARD] for run in done[name] for p in run["curve"][1:]) for name in names}
-            gain = {name: [statistics.median(run["curve"][-1][c] - run["curve"][0][c] for run in done[name]) for c in (EASY, HARD)] for name in names}
-            claim = f"(b) Without a baseline the weak are paid too little ({reward}: hard prompts lag by 0.05 more, or end 0.05 lower)"
-            others = [name for name in names if "score" not in name]
-            bare = prefix + "1-score"
-            shows = all(lag[bare] > lag[name] + 0.05 or gain[bare][1] < gain[name][1] - 0.05 for name in others)
-            text = "; ".join(f"{name} {gain[name][0]:+.2f} / {gain[name][1]:+.2f}, mean gap {lag[name]:.2f}" for name in names)
-            verdict(claim, shows, f"gain on easy / hard prompts, and mean of easy minus hard over the run: {text}")
+    for prefix in ("", "shifted-"):
+        names = [prefix + name for name in ("1-score", "1-score-clip", "2+critic", "5-GRPO") if prefix + name in done]
+        if {prefix + "1-score", prefix + "2+critic", prefix + "5-GRPO"} <= set(names):
+            gains = {name: (gain(done[name], EASY), gain(done[name], HARD)) for name in names}
+            shows = all(gains[prefix + "1-score"][1] < gains[prefix + name][1] - 0.05 for name in ("2+critic", "5-GRPO"))
+            text = ", ".join(f"{name} {easy:+.2f} / {hard:+.2f}" for name, (easy, hard) in gains.items())
+            claim = "(b) A bare score teaches the weak too little: gains on hard prompts less than with each baseline, by 0.05"
+            verdict(claim, shows, f"gains on easy / hard prompts: {text}")
 
-    if have("4-epochs-clip", "4-epochs-no-clip"):
-        clip, free = (final(done[name], ACCURACY) for name in ("4-epochs-clip", "4-epochs-no-clip"))
-        ratios = [median([run["largest_ratio"] for run in done[name]], ",.3g") for name in ("4-epochs-clip", "4-epochs-no-clip")]
-        claim = "(c) Without the clip, four epochs on a batch blow the policy up (every seed ends below every one with it, by 0.1 in the median)"
-        shows = max(free) < min(clip) and statistics.median(clip) > statistics.median(free) + 0.1
-        verdict(claim, shows, f"accuracy {with_range(clip)} with, {with_range(free)} without; largest ratio {ratios[0]} and {ratios[1]}")
+    if {"4-epochs-clip", "4-epochs-no-clip"} <= set(done):
+        shows = max(final(done["4-epochs-no-clip"], ACCURACY)) < min(final(done["4-epochs-clip"], ACCURACY)) - 0.1
+        ratios = [median([run["largest_ratio"] for run in done[name]], ",.0f") for name in ("4-epochs-clip", "4-epochs-no-clip")]
+        claim = "(c) Several epochs on a batch blow the policy up without the clip: the best seed ends 0.1 below the worst one with it"
+        text = f"accuracy {at_end('4-epochs-clip')} with the clip, {at_end('4-epochs-no-clip')} without; largest ratio"
+        verdict(claim, shows, f"{text} {ratios[0]} and {ratios[1]}")
 
-    holes = {name.removeprefix("hole-KL-"): runs for name, runs in done.items() if name.startswith("hole")}
-    if len(holes) > 1 and "0" in holes:
-        claim = "(d) A reward that can be cheated is cheated without KL, and not with it (true accuracy below 0.1, and above 0.5)"
-        shows = max(final(holes["0"], ACCURACY)) < 0.1 and max(min(final(runs, ACCURACY)) for runs in holes.values()) > 0.5
-        text = (f"beta {beta}: true {with_range(final(runs, ACCURACY))}, reward {median(final(runs, PROXY), '.2f')}" for beta, runs in holes.items())
-        verdict(claim, shows, "; ".join(text))
+    for script, betas in (("GRPO", ("0", "0.2", "1.0")), ("PPO", ("0", "0.2"))):
+        names = [f"hole-{script}-{beta}" for beta in betas]
+        if set(names) <= set(done):
+            shows = max(final(done[names[0]], ACCURACY)) < 0.1 and max(min(final(done[name], ACCURACY)) for name in names) > 0.4
+            claim = f"(d) {script} cheats without KL and not with it: true accuracy below 0.1 in every seed, and above 0.4 with one of the betas"
+            paid, left = ([median(final(done[name], column), ".2f") for name in names] for column in (PROXY, KL))
+            parts = [f"beta {b} {at_end(name)}, reward {p}, KL {k}" for b, name, p, k in zip(betas, names, paid, left)]
+            verdict(claim, shows, "; ".join(parts))
 
-    if have("4+KL", "5-GRPO"):
-        ppo, grpo = done["4+KL"], done["5-GRPO"]
-        ratio = {key: statistics.median(run[key] for run in grpo) / statistics.median(run[key] for run in ppo) for key in ("parameters", "megabytes", "seconds")}
-        claim = "(e) GRPO does as well as PPO (median accuracy less 0.01) with fewer parameters, seconds and less memory"
-        better = statistics.median(final(grpo, ACCURACY)) >= statistics.median(final(ppo, ACCURACY)) - 0.01
-        text = f"accuracy {with_range(final(grpo, ACCURACY), '.3f')} against {with_range(final(ppo, ACCURACY), '.3f')}; "
-        verdict(claim, better and max(ratio.values()) < 1, text + ", ".join(f"{key} x {value:.2f}" for key, value in ratio.items()))
+    if {"4+KL", "5-GRPO"} <= set(done):
+        shares = {key: statistics.median(run[key] for run in done["5-GRPO"]) / statistics.median(run[key] for run in done["4+KL"])
+                  for key in ("parameters", "megabytes", "seconds")}  # fmt: skip
+        shows = gain(done["5-GRPO"], ACCURACY) > gain(done["4+KL"], ACCURACY) - 0.01 and max(shares.values()) < 1
+        claim = "(e) GRPO learns as much as PPO (less 0.01) with fewer trained parameters and seconds and less memory"
+        text = ", ".join(f"{key} x {share:.2f}" for key, share in shares.items())
+        verdict(claim, shows, f"accuracy {at_end('5-GRPO', '.3f')} against {at_end('4+KL', '.3f')}; {text}")
 
 
 def draw(done, path):
+    """Six panels: the rungs, gradient noise, and claims (b) to (d) over time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -378,41 +378,38 @@ def draw(done, path):
 
     plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(3, 2, figsize=(10, 11), layout="constrained")
+    palette = ["#4b2a7b", "#c8553d", "#e0a030", "#2a9d8f", "#1d6fb8"]
 
     def curves(axis, title, labels, column=ACCURACY, ylabel="held-out accuracy"):
-        colors = plt.get_cmap("viridis")([0.0, 0.25, 0.5, 0.72, 0.92] if len(labels) > 4 else [0.05, 0.4, 0.65, 0.9])
-        for (name, label), color in zip(labels.items(), colors):
+        for i, (name, label) in enumerate(labels.items()):
             points = [[p for p in run["curve"] if p[column] is not None] for run in done.get(name, [])]
             if points:
-                x = [p[COMPLETIONS] / 1000 for p in points[0]]
+                x, color = [p[COMPLETIONS] / 1000 for p in points[0]], palette[i]
                 y = [[p[column] for p in some] for some in zip(*points)]
-                axis.plot(x, [statistics.median(some) for some in y], color=color, label=label, linewidth=2)
+                axis.plot(x, [statistics.median(some) for some in y], "--" if "PPO" in name else "-", color=color, label=label, linewidth=2)
                 axis.fill_between(x, [min(some) for some in y], [max(some) for some in y], color=color, alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="completions sampled (thousands)", ylabel=ylabel)
         axis.set_ylim(0, 1.02 if column == ACCURACY else None)
-        if axis.lines:
-            axis.legend(fontsize=10, framealpha=0.7)
+        axis.legend(fontsize=9, framealpha=0.6, loc="best")
 
-    hole = {"hole-KL-0": "no KL", "hole-KL-0.2": "beta 0.2", "hole-KL-1.0": "beta 1.0"}
-    shift = {"shifted-1-score": "bare score", "shifted-1-score-clip": "bare score, clipped", "shifted-2+critic": "critic", "shifted-5-GRPO": "group mean (GRPO)"}
-    curves(axes[0, 0], "The rungs", {name: name[0] + " " + name[1:].strip("-") for name in RUNGS})
+    shift = {"shifted-1-score": "bare score", "shifted-1-score-clip": "bare score, clipped", "shifted-2+critic": "critic", "shifted-5-GRPO": "GRPO"}
+    hole = {f"hole-{name}": f"{name.split('-')[0]}, β = {name.split('-')[1]}" for name in ("GRPO-0", "GRPO-0.2", "GRPO-1.0", "PPO-0", "PPO-0.2")}
+    curves(axes[0, 0], "The rungs", dict(zip(RUNGS, ("1 bare score", "2 + critic", "3 + clip", "4 + KL", "5 GRPO"))))
     curves(axes[1, 0], "(b) A point for looking like an answer", shift)
     curves(axes[1, 1], "(c) Four epochs on each batch", {"4-epochs-clip": "clip 0.2", "4-epochs-no-clip": "no clip"})
     curves(axes[2, 0], "(d) A verifier with a hole: the truth", hole)
     curves(axes[2, 1], "(d) ... and what it pays", hole, PROXY, "mean reward in training")
 
-    axis, results = axes[0, 1], done.get("gradient-noise", [])
-    for i, key in enumerate(results[0]["noise"] if results else []):
-        values = [result["noise"][key] for result in results]
-        color = plt.get_cmap("viridis")(0.25 if key.startswith("plain") else 0.72)
-        axis.barh(i, statistics.median(values), color=color, height=0.7)
-        axis.plot([min(values), max(values)], [i, i], color="black", linewidth=1.5)
-    if results:
-        axis.set_yticks(range(len(results[0]["noise"])), [key.replace(": ", "\n") for key in results[0]["noise"]], fontsize=9)
-        axis.invert_yaxis()
-    axis.set(title="(a) Gradient noise at the start", xlabel="tr Cov / |mean|² of a batch's gradient")
-    seeds = max(map(len, done.values()))
-    figure.suptitle(f"Lines: median of {seeds} seeds; bands and black lines: lowest to highest seed", fontsize=11)
+    noises = done.get("gradient-noise", [])
+    keys = list(noises[0]["noise"]) if noises else []
+    for i, key in enumerate(keys):
+        values = [result["noise"][key] for result in noises]
+        axes[0, 1].barh(i, statistics.median(values), color=palette[4 if key.startswith("plain") else 3], height=0.7)
+        axes[0, 1].plot([min(values), max(values)], [i, i], color="black", linewidth=1.5)
+    axes[0, 1].set(title="(a) Gradient noise at the start", xlabel="tr Cov / |mean|² of a batch's gradient")
+    axes[0, 1].set_yticks(range(len(keys)), [key.replace(": ", " scores:\n") for key in keys], fontsize=9)
+    axes[0, 1].invert_yaxis()
+    figure.suptitle(f"Lines and bars: median of {max(map(len, done.values()))} seeds; bands and black lines: lowest to highest", fontsize=11)
     figure.savefig(path, dpi=100)
     print(f"\nfigure: {path}")
 

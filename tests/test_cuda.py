@@ -160,6 +160,14 @@ def test_a_graph_is_captured_once_for_each_shape(graphs_on_cpu):
     assert Recording.count == captured
 
 
+def test_many_short_rows_and_few_long_ones_in_turn_keep_one_cache(graphs_on_cpu):
+    sampler, caches = common.Sampler(helpers.make_model("llama"), END, 1.0, 3), []
+    for prompts, copies in [(PROMPTS, 4), ([[5] * 140], 1)] * 2:
+        sampler.sample(prompts, copies, uniforms_of(len(prompts) * copies, 3))
+        caches.append(sampler.cache)
+    assert caches[1] is caches[2] is caches[3]
+
+
 def test_rows_leave_by_halves(graphs_on_cpu):
     model, seen = helpers.make_model("llama"), []
     sampler = common.Sampler(model, {1, 4, 9, 20}, 1.0, 60)
