@@ -90,8 +90,8 @@ class OneLineParser(HfArgumentParser):
 
 # What a resumed run may change: nothing that the path of the training depends on.
 RESUME_MAY_CHANGE = {
-    "resume", "device", "micro_batch_tokens", "compile", "gradient_checkpointing", "eval_every", "save_every", "keep_checkpoints",
-    "log_samples", "reward_timeout",
+    "resume", "device", "micro_batch_tokens", "compile", "gradient_checkpointing", "eval_every", "save_every",
+    "keep_checkpoints", "log_samples", "reward_timeout",
 }  # fmt: skip
 
 
@@ -259,9 +259,8 @@ class Run:
             raise UserError(f"--device {device}: there are only {torch.cuda.device_count()} GPUs here, one a process")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            torch.backends.cuda.enable_cudnn_sdp(
-                False
-            )  # it plans anew for each shape, and nearly each micro-batch has its own
+            # cuDNN's attention plans anew for each shape, and nearly every micro-batch has a shape of its own.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         return device
 
     def choose_dtype(self, name):
@@ -316,7 +315,9 @@ class Run:
 
     def steps(self, first: int):
         """The numbers of the steps still to do, with a progress bar."""
-        self.bar = progress(range(first, self.args.steps + 1), "steps", initial=first - 1, total=self.args.steps)
+        form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # fits into 80 columns
+        numbers, total = range(first, self.args.steps + 1), self.args.steps
+        self.bar = progress(numbers, None, initial=first - 1, total=total, bar_format=form)
         return self.bar
 
     def phase(self, name: str | None):
@@ -392,9 +393,8 @@ class Run:
         self.close()
         before, after = state["accuracy_before"], state["accuracy"]
         seconds = time.time() - self.started
-        self.say(
-            f"done steps={self.args.steps} eval/accuracy_before={before:.3f} eval/accuracy={after:.3f} seconds={seconds:.1f} run={self.folder}"
-        )
+        accuracy = f"eval/accuracy_before={before:.3f} eval/accuracy={after:.3f}"
+        self.say(f"done steps={self.args.steps} {accuracy} seconds={seconds:.1f} run={self.folder}")
         return 0
 
     def close(self):
@@ -413,14 +413,9 @@ class Run:
         for name, value in metrics.items():
             self.writer.add_scalar(name, float(value), step)
         self.advise(metrics)
-        names = {
-            "reward": "reward/mean",
-            "accuracy": "eval/accuracy",
-            "kl": "objective/kl",
-            "tok/s": "perf/tokens_per_second",
-        }
-        self.latest |= {k: float(metrics[name]) for k, name in names.items() if name in metrics}
-        line = " ".join(f"{k} {v:,.0f}" if k == "tok/s" else f"{k} {v:.3f}" for k, v in self.latest.items())
+        short = {"acc": "eval/accuracy", "reward": "reward/mean", "kl": "objective/kl", "tok/s": "perf/tokens_per_second"}
+        self.latest |= {name: float(metrics[scalar]) for name, scalar in short.items() if scalar in metrics}
+        line = " ".join(f"{k} {v:.0f}" if k == "tok/s" else f"{k} {v:.3g}" for k, v in self.latest.items())
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(line, refresh=False)
         elif time.time() - self.last_line > 5 or step == self.args.steps:
@@ -434,7 +429,7 @@ class Run:
         cut, equal = metrics["completions/truncated_ratio"], metrics.get("reward/frac_zero_std", 0.0)
         if "first rollout" not in self.said:
             groups = f", {equal:.0%} of groups with equal scores" if "reward/frac_zero_std" in metrics else ""
-            self.say(f"first rollout: mean score {metrics['reward/mean']:.3g}, {cut:.0%} of completions cut off{groups}")
+            self.say(f"first rollout: mean score {metrics['reward/mean']:.3g}, {cut:.0%} cut off{groups}")
         advice = {
             "first rollout": True,
             "no completion ends: the end token was never sampled; raise --max-new-tokens": cut == 1,
@@ -451,13 +446,20 @@ class Run:
                     self.warn(text)
 
     def log_samples(self, step, prompts, completions, scores):
-        """A table of the first completions with their scores."""
-        if self.rank > 0:
+        """A table of the first completions with their scores, after the last step also in the terminal."""
+        if self.rank > 0 or self.args.log_samples == 0:
             return
-        cell = lambda text: str(text).replace("|", "\\|").replace("\n", " ")[:500]  # noqa: E731
-        rows = [f"| {cell(p.prompt)} | {cell(c)} | {s:.3g} |" for p, c, s in zip(prompts, completions, scores)]
-        table = "\n".join(["| prompt | completion | score |", "|---|---|---|", *rows[: self.args.log_samples]])
-        self.writer.add_text("completions/samples", table, step)
+        n = self.args.log_samples
+        rows = [(str(p.prompt), text, f"{score:.3g}") for p, text, score in zip(prompts[:n], completions, scores.tolist())]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row) + " |" for row in rows]
+        self.writer.add_text(
+            "completions/samples", "\n".join(["| prompt | completion | score |", "|---|---|---|", *lines]), step
+        )
+        if step == self.args.steps:
+            one_line = [
+                (prompt[-30:].replace("\n", " "), text[:38].replace("\n", " "), score[:8]) for prompt, text, score in rows
+            ]
+            self.say("\n".join(f"{score:>8} {prompt:>30} {text}" for prompt, text, score in one_line))
 
 
 # =============================================================================
@@ -1113,6 +1115,8 @@ def load_policy(args, run):
         if run.world > 1:
             for parameter in policy.parameters():
                 dist.broadcast(parameter.data, 0)
+        if args.gradient_checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
         return policy, tokenizer, {tokenizer.eos_token_id}
     tokenizer = load_tokenizer(args.model, "--model", args)
     policy = load_model(AutoModelForCausalLM, args.model, "--model", args).to(run.device)

@@ -14,9 +14,13 @@ with 2 epochs of 2 minibatches unless it says otherwise. The rungs:
     4+KL       ppo.py --kl-coef 0.001
     5-GRPO     grpo.py --kl-coef 0.001
 
+Other runs hold single claims against numbers: four epochs on each batch with and without the clip; a verifier with a
+hole, with more and less KL; scores with a point added for looking like an answer; gradient noise at the start.
+
 Results go to .github/ladder.json, a line for a run, and the figure to .github/ladder.png (needs matplotlib). Seconds are
 CPU seconds of the training steps on one thread, without warm start and evaluation, so that other programs on the
-machine count little. KL is that of a whole completion on held-out prompts, k1, in nats.
+machine count little. KL is that of a whole completion on held-out prompts, k1, in nats. The largest ratio is that of
+any token in any update. MB is the largest resident size of the process; Python and its libraries take about 400 of it.
 """
 
 import argparse
@@ -35,7 +39,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, FIGURE = ROOT / ".github/ladder.json", ROOT / ".github/ladder.png"
+RESULTS = ROOT / ".github/ladder.json"
 
 STEPS, PROMPTS, SAMPLES = 150, 32, 8
 SHARED = f"--steps {STEPS} --prompts-per-step {PROMPTS} --warmup-steps 30 --learning-rate 0.0015 --num-minibatches 2"
@@ -60,7 +64,7 @@ EXPERIMENTS = RUNGS | {
     "hole-PPO-0": f"{PPO} --update-epochs 2 --kl-coef 0 {HOLE}",
     "hole-PPO-0.2": f"{PPO} --update-epochs 2 --kl-coef 0.2 {HOLE}",
     "shifted-1-score": f"{RUNGS['1-score']} {SHIFTED}",
-    "shifted-1-score-clip": f"{PPO} --update-epochs 2 --baseline none --kl-coef 0 {SHIFTED}",
+    "shifted-1-score-slow": f"{RUNGS['1-score']} {SHIFTED} --update-epochs 1 --num-minibatches 1 --learning-rate 0.0005",
     "shifted-2+critic": f"{RUNGS['2+critic']} {SHIFTED}",
     "shifted-5-GRPO": f"{RUNGS['5-GRPO']} {SHIFTED}",
     "gradient-noise": "",  # no run of a script: see `gradient_noise`
@@ -236,7 +240,8 @@ def main():
     results = json.loads(path.read_text()) if path.exists() else {}
     if not options.report:
         run_all(options, path, results)
-    done = {name: [run for key, run in results.items() if key.split()[0] == name and run["command"] == EXPERIMENTS[name]] for name in EXPERIMENTS}
+    current = [(key.split()[0], run) for key, run in results.items() if run["command"] == EXPERIMENTS.get(key.split()[0])]
+    done = {name: [run for its_name, run in current if its_name == name] for name in EXPERIMENTS}
     done = {name: runs for name, runs in done.items() if runs}
     print_table(done)
     print_verdicts(done)
@@ -310,7 +315,8 @@ def print_table(done):
     for name, runs in done.items():
         if name != "gradient-noise":
             noises = [result["noise"][NOISE[name]] for result in done.get("gradient-noise", [])] if name in NOISE else []
-            cells = [name, len(runs), with_range(final(runs, ACCURACY), ".3f"), median(final(runs, EASY), ".3f"), median(final(runs, HARD), ".3f")]
+            cells = [name, len(runs), with_range(final(runs, ACCURACY), ".3f")]
+            cells += [median(final(runs, EASY), ".3f"), median(final(runs, HARD), ".3f")]
             cells += [completions_to(0.9, runs), median(noises, ".1f"), median(final(runs, KL), ".2f")]
             for key, form in (("largest_ratio", ",.3g"), ("seconds", ".0f"), ("parameters", ",.0f"), ("megabytes", ".0f")):
                 cells.append(median([run[key] for run in runs], form))
@@ -336,7 +342,7 @@ def print_verdicts(done):
         verdict("(a) A bare score has more gradient noise than score minus critic: by a quarter in every seed", shows, f"{text}; {rest}")
 
     for prefix in ("", "shifted-"):
-        names = [prefix + name for name in ("1-score", "1-score-clip", "2+critic", "5-GRPO") if prefix + name in done]
+        names = [prefix + name for name in ("1-score", "1-score-slow", "2+critic", "5-GRPO") if prefix + name in done]
         if {prefix + "1-score", prefix + "2+critic", prefix + "5-GRPO"} <= set(names):
             gains = {name: (gain(done[name], EASY), gain(done[name], HARD)) for name in names}
             shows = all(gains[prefix + "1-score"][1] < gains[prefix + name][1] - 0.05 for name in ("2+critic", "5-GRPO"))
@@ -355,7 +361,7 @@ def print_verdicts(done):
         names = [f"hole-{script}-{beta}" for beta in betas]
         if set(names) <= set(done):
             shows = max(final(done[names[0]], ACCURACY)) < 0.1 and max(min(final(done[name], ACCURACY)) for name in names) > 0.4
-            claim = f"(d) {script} cheats without KL and not with it: true accuracy below 0.1 in every seed, and above 0.4 with one of the betas"
+            claim = f"(d) {script} cheats without KL and not with it: every seed's true accuracy below 0.1; above 0.4 with one of the betas"
             paid, left = ([median(final(done[name], column), ".2f") for name in names] for column in (PROXY, KL))
             parts = [f"beta {b} {at_end(name)}, reward {p}, KL {k}" for b, name, p, k in zip(betas, names, paid, left)]
             verdict(claim, shows, "; ".join(parts))
@@ -392,8 +398,9 @@ def draw(done, path):
         axis.set_ylim(0, 1.02 if column == ACCURACY else None)
         axis.legend(fontsize=9, framealpha=0.6, loc="best")
 
-    shift = {"shifted-1-score": "bare score", "shifted-1-score-clip": "bare score, clipped", "shifted-2+critic": "critic", "shifted-5-GRPO": "GRPO"}
-    hole = {f"hole-{name}": f"{name.split('-')[0]}, β = {name.split('-')[1]}" for name in ("GRPO-0", "GRPO-0.2", "GRPO-1.0", "PPO-0", "PPO-0.2")}
+    shift = {"shifted-1-score": "bare score", "shifted-1-score-slow": "bare score, slowly"}
+    shift |= {"shifted-2+critic": "critic", "shifted-5-GRPO": "GRPO"}
+    hole = {name: name.removeprefix("hole-").replace("-", ", β = ") for name in EXPERIMENTS if name.startswith("hole")}
     curves(axes[0, 0], "The rungs", dict(zip(RUNGS, ("1 bare score", "2 + critic", "3 + clip", "4 + KL", "5 GRPO"))))
     curves(axes[1, 0], "(b) A point for looking like an answer", shift)
     curves(axes[1, 1], "(c) Four epochs on each batch", {"4-epochs-clip": "clip 0.2", "4-epochs-no-clip": "no clip"})
