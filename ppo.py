@@ -45,16 +45,16 @@ class Args:
     reward_model: str | None = flag(help="a sequence-classification model, added to the rewards")
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
     # Sampling
-    steps: int = flag(tiny=110, real=500, help="rollouts", at_least=1)
-    prompts_per_step: int = flag(32, "N, over all processes", at_least=1)
-    samples_per_prompt: int = flag(8, "G, completions of each prompt", at_least=1)
+    steps: int = flag(tiny=140, real=500, help="rollouts", at_least=1)
+    prompts_per_step: int = flag(256, "N, over all processes", at_least=1)
+    samples_per_prompt: int = flag(1, "G, completions of each prompt", at_least=1)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
     max_new_tokens: int = flag(tiny=5, real=512, help="C at most", at_least=1)
     temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
     # Algorithm
     baseline: str = flag("critic", "subtracted from the return: the critic's value, or nothing", choices=["critic", "none"])
     gamma: float = flag(1.0, "discount of later rewards", at_least=0, at_most=1)
-    gae_lambda: float = flag(0.95, "of generalised advantage estimation; 1: returns minus values", at_least=0, at_most=1)
+    gae_lambda: float = flag(1.0, "of generalised advantage estimation; 1: returns minus values", at_least=0, at_most=1)
     whiten_advantages: bool | None = flag(
         tiny=False, real=True, help="to mean 0 and variance 1 in each rollout, with a critic"
     )
@@ -73,8 +73,8 @@ class Args:
     update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
     num_minibatches: int = flag(tiny=2, real=4, help="optimiser steps a pass", at_least=1)
     # Optimisation
-    learning_rate: float = flag(tiny=1.5e-3, real=1e-6, help="at its peak", above=0)
-    critic_learning_rate: float = flag(tiny=3e-3, real=1e-5, help="at its peak", above=0)
+    learning_rate: float = flag(tiny=1e-3, real=1e-6, help="at its peak", above=0)
+    critic_learning_rate: float = flag(tiny=1e-3, real=1e-5, help="at its peak", above=0)
     warmup_steps: int = flag(tiny=20, real=10, help="of linear warm-up", at_least=0)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     micro_batch_tokens: int = flag(16384, "tokens in one forward and backward pass; bounds memory", at_least=1)

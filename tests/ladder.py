@@ -42,9 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".github/ladder.json"
 
 STEPS, PROMPTS, SAMPLES = 150, 32, 8
-SHARED = f"--steps {STEPS} --prompts-per-step {PROMPTS} --warmup-steps 30 --learning-rate 0.0015 --num-minibatches 2"
-PPO = f"ppo.py {SHARED} --samples-per-prompt {SAMPLES}"
-GRPO = f"grpo.py {SHARED} --group-size {SAMPLES}"
+SHARED = f"--steps {STEPS} --warmup-steps 30 --learning-rate 0.001 --num-minibatches 2"
+PPO = f"ppo.py {SHARED} --prompts-per-step {PROMPTS * SAMPLES} --samples-per-prompt 1"
+GRPO = f"grpo.py {SHARED} --prompts-per-step {PROMPTS} --group-size {SAMPLES}"
 NO_CLIP = "--clip-low inf --clip-high inf"
 RUNGS = {
     "1-score": f"{PPO} --update-epochs 2 --baseline none {NO_CLIP} --kl-coef 0",
@@ -396,7 +396,8 @@ def draw(done, path):
                 axis.fill_between(x, [min(some) for some in y], [max(some) for some in y], color=color, alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="completions sampled (thousands)", ylabel=ylabel)
         axis.set_ylim(0, 1.02 if column == ACCURACY else None)
-        axis.legend(fontsize=9, framealpha=0.6, loc="best")
+        if axis.lines:
+            axis.legend(fontsize=9, framealpha=0.6)
 
     shift = {"shifted-1-score": "bare score", "shifted-1-score-slow": "bare score, slowly"}
     shift |= {"shifted-2+critic": "critic", "shifted-5-GRPO": "GRPO"}
