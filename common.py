@@ -21,9 +21,11 @@ import math
 import numbers
 import operator
 import os
+import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -41,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy
 import safetensors.torch
 import tokenizers
 import torch
@@ -118,7 +121,10 @@ def parse_args(Args, argv=None):
     given = vars(parser.parse_args(argv))  # only what stands on the command line
     if not given.get("resume"):
         return check_args(Args(**given))
+    check_resumable(Path(given["resume"]))
     saved = read_json(Path(given["resume"]) / "args.json", "--resume")
+    if not isinstance(saved, dict):
+        raise UserError(f"--resume {given['resume']}: its args.json holds no arguments")
     for name, value in given.items():
         if name not in RESUME_MAY_CHANGE and value != saved.get(name):
             raise UserError(
@@ -215,6 +221,22 @@ def check_new_folder(folder):
         raise UserError(f"--output-dir {folder}: {parents[0]} cannot be written to")
 
 
+def not_of_tensorboard(failure):
+    """Prints what ended a thread; not for TensorBoard's, since `Run.log` meets the same error and says it in a line."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)
+
+
+def check_resumable(folder):
+    """Raises UserError unless `folder` is that of a run which has begun, has a checkpoint and has not finished."""
+    if not (folder / "args.json").is_file():
+        raise UserError(f"--resume {folder}: not the folder of a run (no args.json there)")
+    if (folder / "final").is_dir():
+        raise UserError(f"--resume {folder}: that run has finished; its model is {folder / 'final'}")
+    if not any((folder / "checkpoints").glob("step-*")):
+        raise UserError(f"--resume {folder}: no checkpoint there (--save-every writes them, and Ctrl-C)")
+
+
 class Run:
     """One run of a script: its device, processes and folder, what it says and logs, and whether it has to stop."""
 
@@ -230,16 +252,9 @@ class Run:
             raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {parts}")
         if args.model == "tiny" and self.device.type == "cpu":
             torch.set_num_threads(1)  # its matrices are too small to share between cores
-        random.seed(args.seed), torch.manual_seed(args.seed)
-        self.stop_signal, self.bar, self.last_line, self.latest, self.said, self.resampled, self.matrix_rate = (
-            None,
-            None,
-            0.0,
-            {},
-            set(),
-            0,
-            None,
-        )
+        random.seed(args.seed), numpy.random.seed(args.seed), torch.manual_seed(args.seed)  # for reward functions
+        self.stop_signal, self.bar, self.matrix_rate = None, None, None
+        self.last_line, self.latest, self.said = 0.0, {}, set()
         self.micro_batch_tokens, self.skipped_updates = args.micro_batch_tokens, 0
         self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
         self.catch_signals()
@@ -347,10 +362,11 @@ class Run:
                 check_new_folder(self.folder)
                 (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
             self.writer = SummaryWriter(self.folder, purge_step=resumed_at + 1 if resumed_at else None)
+            threading.excepthook = not_of_tensorboard
         except OSError as error:
             raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
         rows = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(args).items())
-        self.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}")
+        self.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}", resumed_at)
 
     # ---- signals ----
 
@@ -361,7 +377,8 @@ class Run:
             if self.bar is None or self.stop_signal:
                 os._exit(128 + number)
             self.stop_signal = number
-            self.say("stopping after this step, with a checkpoint; once more stops at once")
+            with contextlib.suppress(RuntimeError):  # Python refuses to print in the middle of another print
+                self.say("stopping after this step, with a checkpoint; once more stops at once")
 
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -384,7 +401,7 @@ class Run:
     def say_stopped(self, step) -> int:
         """How to go on after a signal; returns the exit status."""
         self.close()
-        self.say(f"stopped after step {step}; to go on: python {self.script}.py --resume {self.folder}")
+        self.say(f"stopped after step {step}; to go on: python {self.script}.py --resume {shlex.quote(str(self.folder))}")
         self.gather(None)  # torchrun ends the other processes as soon as one has ended
         return 128 + self.stop_signal
 
@@ -410,8 +427,14 @@ class Run:
         """Scalars to TensorBoard, and a line (or the bar's postfix) with what matters most."""
         if self.rank > 0:
             return
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, float(value), step)
+        try:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, float(value), step)
+            self.writer.flush()  # what a checkpoint follows must not be lost with a process that is killed
+        except OSError as error:
+            raise UserError(
+                f"--output-dir {self.folder}: TensorBoard's events cannot be written: {error.strerror}"
+            ) from error
         self.advise(metrics)
         short = {"acc": "eval/accuracy", "reward": "reward/mean", "kl": "objective/kl", "tok/s": "perf/tokens_per_second"}
         self.latest |= {name: float(metrics[scalar]) for name, scalar in short.items() if scalar in metrics}
@@ -2384,35 +2407,48 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
 
 
 def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "PromptStream", state: dict[str, Any]):
-    """Write `checkpoints/step-…` of the run's folder: complete or not at all. Models as safetensors, the rest as state.pt."""
-    folder = run.folder / "checkpoints" / f"step-{state['step']:06}"
-    partial = folder.with_name(f".{folder.name}.partial")
+    """Write `checkpoints/step-…` of the run's folder. Models as safetensors, the rest as state.pt."""
     weights = {name: gathered(run, weights_of(model)) for name, model in models.items()}
     moments = {i: gathered(run, tensors) for i, tensors in optimizer.state_dict()["state"].items()}
-    if run.rank == 0:
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for name, tensors in weights.items():
-                safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
-            extra = {"random": random.getstate(), "torch_random": torch.get_rng_state(), "position": prompts.position}
-            torch.save(
-                {"state": state, "optimizer": optimizer.state_dict() | {"state": moments}, **extra}, partial / "state.pt"
-            )
-            digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
-            (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
-            for path in partial.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"--output-dir {run.folder}: the checkpoint of step {state['step']} cannot be written: {first_line(error)}"
-            ) from error
-        for old in sorted(folder.parent.glob("step-*"))[: -run.args.keep_checkpoints]:
-            shutil.rmtree(old)
+    if run.rank > 0:
+        return
+    folder = run.folder / "checkpoints" / f"step-{state['step']:06}"
+    with complete_or_absent(run, folder, f"the checkpoint of step {state['step']}") as partial:
+        for name, tensors in weights.items():
+            safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
+        saved = {"state": state, "position": prompts.position, "optimizer": optimizer.state_dict() | {"state": moments}}
+        states = {"random": random.getstate(), "torch_random": torch.get_rng_state(), "numpy_random": numpy_random_state()}
+        torch.save(saved | states, partial / "state.pt")
+        digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
+        (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
+    # Newer ones than this were damaged when the run was resumed: they do not count.
+    older = sorted(path for path in folder.parent.glob("step-*") if path.name <= folder.name)
+    for path in [*older[: -run.args.keep_checkpoints], *folder.parent.glob(".*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def numpy_random_state():
+    """As plain numbers, which torch.load takes with weights_only."""
+    name, keys, *rest = numpy.random.get_state()
+    return (name, keys.tolist(), *rest)
+
+
+@contextlib.contextmanager
+def complete_or_absent(run, folder: Path, what: str):
+    """A folder to write into, which takes the place of `folder` once all of it is on the disk; none is left by an error."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"--output-dir {run.folder}: {what} cannot be written: {first_line(error)}") from error
 
 
 def weights_of(model) -> dict[str, Tensor]:
@@ -2442,13 +2478,25 @@ def file_digest(path):
 
 def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "PromptStream") -> dict[str, Any]:
     """Load the newest undamaged checkpoint of --resume; returns the state that `save_checkpoint` got."""
-    folder = run.gather(newest_checkpoint(run) if run.rank == 0 else None)[0]
+    files = [f"{name}.safetensors" for name in models] + ["state.pt"]
+    folder = run.gather(newest_checkpoint(run, files) if run.rank == 0 else None)[0]
     for name, model in models.items():
         with safetensors.safe_open(folder / f"{name}.safetensors", "pt") as file, torch.no_grad():
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            if shapes != {key: list(tensor.shape) for key, tensor in weights_of(model).items()}:
+                raise UserError(
+                    f"--resume {run.args.resume}: its {name} has other parameters than --model {run.args.model} has now"
+                )
             for key, tensor in weights_of(model).items():
                 tensor.copy_(placed(file.get_tensor(key), tensor))
-    saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=run.world > 1)
+    try:
+        saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=run.world > 1)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"--resume {run.args.resume}: {folder / 'state.pt'} holds code or objects, which are not loaded"
+        ) from error
     random.setstate(saved["random"]), torch.set_rng_state(saved["torch_random"])
+    numpy.random.set_state(saved["numpy_random"])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, moments in saved["optimizer"]["state"].items():
         saved["optimizer"]["state"][i] = {name: placed(x, parameters[i]) if x.dim() else x for name, x in moments.items()}
@@ -2458,28 +2506,27 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
     return saved["state"]
 
 
-def newest_checkpoint(run) -> Path:
+def newest_checkpoint(run, files: list[str]) -> Path:
+    """The newest checkpoint of --resume whose `files` are what was written; says which ones are damaged."""
     for folder in sorted((Path(run.args.resume) / "checkpoints").glob("step-*"), reverse=True):
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            damaged = [name for name, digest in manifest.items() if file_digest(folder / name) != digest]
-            if damaged:
-                raise ValueError(f"{damaged[0]} is not what was written")
+            digests = json.loads((folder / "manifest.json").read_text())
+            for name in files:
+                if not isinstance(digests, dict) or digests.get(name) != file_digest(folder / name):
+                    raise ValueError(f"{name} is not what was written")
+            return folder
         except (OSError, ValueError) as error:
             run.warn(f"{folder} is damaged ({first_line(error)}); taking the one before")
-            continue
-        if int(folder.name.removeprefix("step-")) >= run.args.steps:
-            raise UserError(f"--resume {run.args.resume}: that run has finished its {run.args.steps} steps")
-        return folder
-    raise UserError(f"--resume {run.args.resume}: no undamaged checkpoint there (--save-every writes them)")
+    raise UserError(f"--resume {run.args.resume}: no undamaged checkpoint there")
 
 
 def save_final(run, model, tokenizer):
     """`final/` of the run's folder, which AutoModelForCausalLM and AutoTokenizer load."""
     weights = gathered(run, weights_of(model))
     if run.rank == 0:
-        model.save_pretrained(run.folder / "final", state_dict=weights)
-        tokenizer.save_pretrained(run.folder / "final")
+        with complete_or_absent(run, run.folder / "final", "the final model") as partial:
+            model.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
 
 
 def read_json(path, flag_name):

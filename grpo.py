@@ -222,9 +222,9 @@ def process_advantages(step_rewards: Tensor, group_size: int) -> Tensor:
 def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores):
     """DAPO's dynamic sampling, section 3.2 of arXiv:2503.14476: other prompts for groups whose scores are all equal.
 
-    Bounded by --max-resamples. Replaces them in `rollout`, `step_prompts`, `texts` and `scores`.
+    Bounded by --max-resamples. Replaces them in `rollout`, `step_prompts`, `texts` and `scores`; returns how many.
     """
-    args, G = run.args, run.args.group_size
+    args, G, replaced = run.args, run.args.group_size, 0
     for attempt in range(1, args.max_resamples + 1):
         groups = has_equal_scores(scores.total, G).nonzero()[:, 0]
         most = int(run.max(len(groups)))  # all processes take the same number of prompts from the stream
@@ -241,7 +241,8 @@ def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollo
         scores.replace(rows.tolist(), common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout))
         for row, prompt, text in zip(rows.tolist(), new_prompts, new_texts):
             step_prompts[row], texts[row] = prompt, text
-        run.resampled += len(groups)
+        replaced += len(groups)
+    return replaced
 
 
 def main(args: Args) -> int:
@@ -294,7 +295,9 @@ def main(args: Args) -> int:
         run.phase("reward")
         scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
         if args.dynamic_sampling:
-            resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores)
+            resampled = resample_equal_groups(
+                run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores
+            )
         rollout.scores = scores.total.to(run.device)  # (B,)
         if args.overlong_buffer:
             penalty = overlong_penalty(rollout.lengths, args.max_new_tokens, args.overlong_buffer)
@@ -361,7 +364,7 @@ def main(args: Args) -> int:
         metrics = common.step_metrics(run, rollout, scores, means, [policy])
         metrics |= {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr * args.learning_rate}
         if args.dynamic_sampling:
-            metrics["reward/resampled_groups"] = run.resampled
+            metrics["reward/resampled_groups"] = run.sum(resampled)[0]
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
             metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)

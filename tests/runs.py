@@ -17,33 +17,28 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {"grpo": grpo, "ppo": ppo}
 
 REWARDS = '''
-import os, signal, time
+import os, random, signal
 from pathlib import Path
 
-rank, calls = int(os.environ.get("RANK", 0)), 0
+import numpy
+
+rank, world, calls = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
+act, _, at = os.environ.get("ACT", "").partition(" at call ")  # what the last process does; evaluation is a call, too
 
 def digits(completions, answer, completion_ids, **_):
-    """Digits of the answer in the completion; writes down how many tokens this process has sampled."""
+    """Digits of the answer in the completion, and noise; writes down how many tokens this process has sampled."""
+    global calls
+    calls += 1
+    if act and calls == int(at) and rank == world - 1:
+        for name in act.split(" and "):
+            if name == "error":
+                raise RuntimeError("on the last process alone")
+            os.kill(os.getpid(), getattr(signal, name))
     with open(Path(__file__).with_name("tokens.txt"), "a") as file:
         print(rank, sum(map(len, completion_ids)), file=file)
-    return [sum(text.count(digit) for digit in want) / (1 + len(text)) for text, want in zip(completions, answer)]
-
-def on_third_call(act):
-    def reward(completions, **_):
-        global calls
-        calls += 1
-        if calls == 3 and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:
-            act()
-        return [float(len(text)) for text in completions]
-    return reward
-
-def raise_error():
-    raise RuntimeError("on the last process alone")
-
-fails = on_third_call(raise_error)
-dies = on_third_call(lambda: os.kill(os.getpid(), signal.SIGKILL))
-interrupts = on_third_call(lambda: os.kill(os.getpid(), signal.SIGINT))
-terminates = on_third_call(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    noise = 0.01 * (random.random() + numpy.random.rand()) if os.environ.get("NOISE") else 0.0
+    return [sum(text.count(digit) for digit in want) / (1 + len(text)) + noise * i
+            for i, (text, want) in enumerate(zip(completions, answer))]
 '''
 
 
@@ -57,10 +52,10 @@ def make_materials(folder):
     return folder
 
 
-def arguments(materials, script, output, reward="digits", **changed):
+def arguments(materials, script, output, **changed):
     """The command line of a run of 3 steps; a learning rate of 1e-4, since Adam magnifies rounding in gradients near 0."""
     flags = dict(model=materials / "model", dataset=materials / "prompts.jsonl", output_dir=output, device="cpu")
-    flags |= dict(reward=f"{materials / 'rewards.py'}:{reward}", max_new_tokens=12, micro_batch_tokens=64)
+    flags |= dict(reward=f"{materials / 'rewards.py'}:digits", max_new_tokens=12, micro_batch_tokens=64)
     flags |= dict(steps=3, prompts_per_step=8, update_epochs=2, num_minibatches=2, eval_every=0, eval_prompts=4)
     flags |= dict(learning_rate=1e-4, warmup_steps=0)
     flags |= dict(group_size=4) if script == "grpo" else dict(samples_per_prompt=4, critic_learning_rate=1e-4)
@@ -78,13 +73,15 @@ def command(script, argv, processes=1):
     return [sys.executable, *launcher, str(ROOT / f"{script}.py"), *argv]
 
 
-def launch(script, argv, processes=1, timeout=300):
-    """A run in processes of its own, to its end; output and errors come together as text."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command(script, argv, processes), env=environment, text=True, timeout=timeout, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+def environment(**added):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **added}
+
+
+def launch(script, argv, processes=1, timeout=300, act="", **options):
+    """A run in processes of its own, to its end; output and errors come together as text unless `options` say else."""
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) | options
+    argv = command(script, argv, processes)
+    return subprocess.run(argv, env=environment(ACT=act), text=True, timeout=timeout, check=False, **options)
 
 
 def final_weights(output):

@@ -63,7 +63,8 @@ def test_run_started_on_one_resumes_on_two(one_and_two, tmp_path):
 
 
 def test_error_of_one_process_ends_all_with_one_line(materials, tmp_path):
-    result = runs.launch("grpo", runs.arguments(materials, "grpo", tmp_path / "run", reward="fails", steps=50), processes=2)
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=50)
+    result = runs.launch("grpo", argv, processes=2, act="error at call 3")
     assert result.stdout.count("grpo.py: error: reward") == 1, result.stdout
     assert "on the last process alone" in result.stdout
     assert result.stdout.count("exitcode  : 2 ") == 2, result.stdout  # torchrun's report of its two processes
@@ -72,15 +73,16 @@ def test_error_of_one_process_ends_all_with_one_line(materials, tmp_path):
 
 def test_process_that_dies_ends_the_other(materials, tmp_path):
     started = time.time()
-    result = runs.launch("grpo", runs.arguments(materials, "grpo", tmp_path / "run", reward="dies", steps=50), processes=2)
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=50)
+    result = runs.launch("grpo", argv, processes=2, act="SIGKILL at call 3")
     assert result.returncode != 0
     assert time.time() - started < 120  # loading included
     assert not (tmp_path / "run" / "final").exists()
 
 
 def test_signal_to_one_process_stops_both_with_a_checkpoint(materials, tmp_path):
-    argv = runs.arguments(materials, "grpo", tmp_path / "run", reward="interrupts", steps=50)
-    result = runs.launch("grpo", argv, processes=2)
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=50)
+    result = runs.launch("grpo", argv, processes=2, act="SIGINT at call 3")
     assert result.stdout.count("to go on: python grpo.py --resume") == 1, result.stdout
     assert "exitcode  : 130 " in result.stdout  # the process that is last may get torchrun's SIGTERM on its way out
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1

@@ -1,0 +1,368 @@
+"""A run loses nothing: checkpoints complete or absent, the same end after any interruption, the same curves.
+
+KILLS=20 python -m pytest tests/test_resume.py -k killed    kills a run 20 times, not 3
+"""
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import common
+import grpo
+import ppo
+import runs
+
+# Together they cover what a checkpoint has to hold: optimiser and schedule, the KL controller, a stream of prompts that
+# dynamic sampling moves on unevenly, and all random states (the reward draws noise from two of them).
+FLAGS = {
+    "grpo": dict(steps=5, save_every=2, dynamic_sampling=True, num_minibatches=1, warmup_steps=3),
+    "ppo": dict(steps=5, save_every=2, kl_target=0.01, kl_horizon=50, warmup_steps=3),
+}
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    return runs.make_materials(tmp_path_factory.mktemp("materials"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(materials):
+    """script -> the folder of a run of 5 steps that nothing disturbed, with checkpoints of steps 2 and 4."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NOISE", "1")
+        for script in ("grpo", "ppo"):
+            assert runs.run_here(script, runs.arguments(materials, script, materials / script, **FLAGS[script])) == 0
+    return {script: materials / script for script in ("grpo", "ppo")}
+
+
+@pytest.fixture(autouse=True)
+def noise(monkeypatch):
+    monkeypatch.setenv("NOISE", "1")
+
+
+@pytest.fixture
+def stopped(undisturbed, tmp_path):
+    """A copy of the GRPO run as if it had been killed in step 5."""
+    return Path(shutil.copytree(undisturbed["grpo"], tmp_path / "run", ignore=shutil.ignore_patterns("final")))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_same_end(got, want):
+    a, b = runs.final_weights(got), runs.final_weights(want)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert runs.scalars(got) == runs.scalars(want)
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---- The same end ----
+
+
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_stopped_run_resumes_to_the_same_bits(script, name, status, materials, undisturbed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACT", f"{name} at call 4")  # in step 3 or, resampling, before: not where a checkpoint is due
+    argv = runs.arguments(materials, script, tmp_path / "run", **FLAGS[script])
+    assert runs.run_here(script, argv) == status
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"stopped after step {names(tmp_path / 'run' / 'checkpoints')[-1][-1]}; to go on: " + (
+        f"python {script}.py --resume {tmp_path / 'run'}"
+    )
+    monkeypatch.delenv("ACT")
+    assert runs.run_here(script, shlex.split(said[-1].partition("to go on: python ")[2])[1:]) == 0
+    assert_same_end(tmp_path / "run", undisturbed[script])
+
+
+def test_resumed_run_may_be_stopped_again_and_moved(materials, undisturbed, tmp_path, monkeypatch):
+    folder = tmp_path / "0"
+    monkeypatch.setenv("ACT", "SIGINT at call 2")
+    assert runs.run_here("ppo", runs.arguments(materials, "ppo", folder, **FLAGS["ppo"])) == 130
+    monkeypatch.setenv("ACT", "SIGINT at call 1")
+    for i in range(1, 4):
+        folder = folder.rename(tmp_path / str(i))
+        assert runs.run_here("ppo", ["--resume", str(folder)]) == 130
+    monkeypatch.delenv("ACT")
+    assert runs.run_here("ppo", ["--resume", str(folder)]) == 0
+    assert_same_end(folder, undisturbed["ppo"])
+
+
+def test_killed_run_resumes_to_the_same_bits(materials, tmp_path):
+    """Real processes, ended by SIGKILL at random moments: while loading, sampling, updating or writing."""
+    kills, chance = int(os.environ.get("KILLS", 3)), random.Random(os.environ.get("KILLS_SEED", 0))
+    flags = dict(steps=20 * kills, save_every=1, keep_checkpoints=2, dynamic_sampling=True)
+    assert runs.run_here("grpo", runs.arguments(materials, "grpo", tmp_path / "undisturbed", **flags)) == 0
+    argv, done = runs.arguments(materials, "grpo", tmp_path / "run", **flags), []
+    for _ in range(kills):
+        process = subprocess.Popen(runs.command("grpo", argv), env=runs.environment(), stdout=subprocess.DEVNULL)
+        while not (tmp_path / "run" / "checkpoints").is_dir() or not done and not names(tmp_path / "run" / "checkpoints"):
+            assert process.poll() is None
+            time.sleep(0.01)
+        if done:  # a resumed one: let it get somewhere, most times
+            newest, patience = names(tmp_path / "run" / "checkpoints")[-1], time.time() + chance.choice([2, 60, 60])
+            while names(tmp_path / "run" / "checkpoints")[-1] == newest and time.time() < patience:
+                time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        assert process.poll() is None, "it was to be killed before its end"
+        process.kill()
+        process.wait()
+        done.append([name for name in names(tmp_path / "run" / "checkpoints") if name.startswith("step-")][-1])
+        argv = ["--resume", str(tmp_path / "run")]
+    assert runs.run_here("grpo", argv) == 0
+    print("killed after", *done)
+    assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
+    assert len(names(tmp_path / "run" / "checkpoints")) == 2  # nothing half-written is left
+
+
+def test_exit_status_and_command_of_a_real_process(materials, tmp_path):
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=1000)
+    process = subprocess.Popen(
+        runs.command("grpo", argv), env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert any(line.startswith("first rollout") for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=100)
+    assert process.returncode == 143
+    assert errors == ""
+    assert re.search(r"^stopped after step \d+; to go on: python grpo.py --resume ", said.splitlines()[-1])
+
+
+def test_second_signal_stops_at_once(materials, tmp_path):
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=1000)
+    result = runs.launch("grpo", argv, act="SIGINT and SIGINT at call 3")
+    assert result.returncode == 130
+    assert result.stdout.splitlines()[-1] == "stopping after this step, with a checkpoint; once more stops at once"
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_run_killed_between_last_step_and_final_model(materials, undisturbed, tmp_path, monkeypatch):
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", **FLAGS["grpo"] | {"save_every": 5})
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_final", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runs.run_here("grpo", argv)
+    assert runs.run_here("grpo", ["--resume", str(tmp_path / "run")]) == 0
+    assert_same_end(tmp_path / "run", undisturbed["grpo"])
+
+
+# ---- Damaged and missing checkpoints ----
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "a bit": lambda folder: flip(folder / "policy.safetensors"),
+    "a bit of the state": lambda folder: flip(folder / "state.pt"),
+    "cut off": lambda folder: os.truncate(folder / "reference.safetensors", 1000),
+    "a file lost": lambda folder: (folder / "state.pt").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 50),
+    "another manifest": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "empty manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
+    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, stopped, undisturbed, capsys):
+    DAMAGES[damage](stopped / "checkpoints" / "step-000004")
+    assert runs.run_here("grpo", ["--resume", str(stopped)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"warning: \S+step-000004 is damaged \(.+\); taking the one before", said)
+    assert re.search(r"resuming after step 2 from \S+step-000002", said)
+    assert_same_end(stopped, undisturbed["grpo"])
+    assert names(stopped / "checkpoints") == ["step-000002", "step-000004"]
+
+
+def test_nothing_but_damaged_checkpoints(stopped):
+    for folder in (stopped / "checkpoints").iterdir():
+        DAMAGES["a bit"](folder)
+    before = content(stopped)
+    with pytest.raises(common.UserError, match="no undamaged checkpoint"):
+        runs.run_here("grpo", ["--resume", str(stopped)])
+    assert content(stopped) == before
+
+
+def test_checkpoint_is_no_place_for_code(stopped):
+    """A manipulated state.pt, with a manifest that fits, is refused and runs nothing."""
+    folder, mark = stopped / "checkpoints" / "step-000004", stopped / "mark"
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (mark,)
+
+    torch.save({"state": Evil()}, folder / "state.pt")
+    manifest = {path.name: common.file_digest(path) for path in folder.iterdir() if path.name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(common.UserError, match="state.pt holds code"):
+        runs.run_here("grpo", ["--resume", str(stopped)])
+    assert not mark.exists()
+
+
+def test_damaged_newer_checkpoints_do_not_count_as_kept(stopped):
+    flip(stopped / "checkpoints" / "step-000004" / "state.pt")
+    seen = []
+    saved = common.save_checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "save_checkpoint", lambda *a: (saved(*a), seen.append(names(stopped / "checkpoints"))))
+        assert runs.run_here("grpo", ["--resume", str(stopped), "--save-every", "1", "--keep-checkpoints", "1"]) == 0
+    assert seen == [["step-000003", "step-000004"], ["step-000004"], ["step-000005"]]
+
+
+# ---- What is refused ----
+
+
+def other_value(field, saved):
+    """A value for a flag that differs from the run's."""
+    choices = field.metadata["argument"].get("choices")
+    if choices:
+        return next(choice for choice in choices if choice != saved)
+    if isinstance(saved, bool):
+        return str(not saved)
+    if isinstance(saved, list) or saved is None:
+        return "0.123" if "float" in str(field.type) else "3" if "int" in str(field.type) else "true" if "bool" in str(field.type) else "x"
+    return str(saved + 1) if isinstance(saved, (int, float)) else f"other-{saved}"
+
+
+@pytest.mark.parametrize(("module", "script"), [(grpo, "grpo"), (ppo, "ppo")])
+def test_flags_that_may_not_change_are_refused_by_name(module, script, undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed[script], tmp_path / "run", ignore=shutil.ignore_patterns("final"))
+    saved = json.loads((folder / "args.json").read_text())
+    for field in dataclasses.fields(module.Args):
+        flag, value = "--" + field.name.replace("_", "-"), other_value(field, saved[field.name])
+        if field.name in common.RESUME_MAY_CHANGE:
+            continue
+        with pytest.raises(common.UserError, match=rf"^{flag} may not change on --resume: the run was started with"):
+            common.parse_args(module.Args, ["--resume", str(folder), flag, value])
+        given = saved[field.name]
+        if given not in (None, []):  # saying the same again is no change
+            value = given if isinstance(given, list) else [given]
+            args = common.parse_args(module.Args, ["--resume", str(folder), flag, *map(str, value)])
+            assert getattr(args, field.name) == given
+
+
+def test_flags_that_may_change(stopped, undisturbed):
+    changed = ["--save-every", "0", "--keep-checkpoints", "7", "--log-samples", "0", "--reward-timeout", "5"]
+    assert runs.run_here("grpo", ["--resume", str(stopped), *changed]) == 0
+    assert_same_end(stopped, undisturbed["grpo"])
+
+
+def refusal(argv, script="grpo"):
+    """What is said when the script refuses: status 2 and one line."""
+    with pytest.raises(common.UserError) as error:
+        common.parse_args(runs.SCRIPTS[script].Args, argv)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_finished_run(undisturbed):
+    before = content(undisturbed["grpo"])
+    line = refusal(["--resume", str(undisturbed["grpo"])])
+    assert "has finished" in line and str(undisturbed["grpo"] / "final") in line
+    assert content(undisturbed["grpo"]) == before
+
+
+def test_folders_that_are_no_run_to_go_on_with(stopped, tmp_path, undisturbed):
+    assert "nowhere" in refusal(["--resume", str(tmp_path / "nowhere")])
+    assert "no args.json" in refusal(["--resume", str(stopped / "checkpoints")])
+    assert "not one of ppo.py" in refusal(["--resume", str(stopped)], script="ppo")
+    for text in ("", "[1]", '{"model": "tiny"', "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")):
+        (tmp_path / "broken" / "checkpoints" / "step-000001").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "broken" / "args.json").write_text(text)
+        assert "args.json" in refusal(["--resume", str(tmp_path / "broken")])
+    shutil.rmtree(stopped / "checkpoints")
+    assert "no checkpoint" in refusal(["--resume", str(stopped)])
+
+
+def test_model_that_has_changed_since(stopped, materials, tmp_path):
+    saved = json.loads((stopped / "args.json").read_text())
+    model = common.tiny_model(common.tiny_tokenizer(), 1)
+    model.resize_token_embeddings(20)
+    shutil.copytree(materials / "model", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    (stopped / "args.json").write_text(json.dumps(saved | {"model": str(tmp_path / "model")}))
+    with pytest.raises(common.UserError, match="--resume .*policy"):
+        runs.run_here("grpo", ["--resume", str(stopped)])
+
+
+# ---- A full disk ----
+
+
+def test_full_disk_at_the_final_model(stopped, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full_disk)
+        with pytest.raises(common.UserError, match=r"--output-dir .*the final model cannot be written.*No space left"):
+            runs.run_here("grpo", ["--resume", str(stopped)])
+    assert not list(stopped.glob("*final*"))
+    assert runs.run_here("grpo", ["--resume", str(stopped)]) == 0
+    assert_same_end(stopped, undisturbed["grpo"])
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+FAULTS = {  # what fails, in the writing of the second checkpoint
+    "models": (safetensors.torch, "save_file"),
+    "state": (torch, "save"),
+    "manifest": (Path, "write_text"),
+    "sync": (os, "fsync"),
+    "rename": (Path, "rename"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_full_disk_leaves_the_checkpoint_before(fault, materials, undisturbed, tmp_path, monkeypatch):
+    saved, calls = common.save_checkpoint, []
+
+    def save(*arguments):
+        calls.append(0)
+        with monkeypatch.context() as patch:
+            if len(calls) == 2:
+                patch.setattr(*FAULTS[fault], full_disk)
+            saved(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_checkpoint", save)
+        with pytest.raises(common.UserError, match=r"--output-dir .*checkpoint of step 4 cannot be written.*No space left"):
+            runs.run_here("grpo", runs.arguments(materials, "grpo", tmp_path / "run", **FLAGS["grpo"]))
+    assert names(tmp_path / "run" / "checkpoints") == ["step-000002"]
+    assert runs.run_here("grpo", ["--resume", str(tmp_path / "run")]) == 0
+    assert_same_end(tmp_path / "run", undisturbed["grpo"])
+
+
+# Bytes that a file may have: less than TensorBoard's events, less than a model.
+@pytest.mark.parametrize(("limit", "save_every"), [(3000, 0), (200_000, 1)])
+def test_full_disk_in_a_real_process(limit, save_every, materials, tmp_path):
+    result = runs.launch(
+        "grpo", runs.arguments(materials, "grpo", tmp_path / "run", steps=2, save_every=save_every),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert re.fullmatch(r"grpo\.py: error: --output-dir \S+: .* cannot be written: .*\n", result.stderr), result.stderr
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    assert sys.platform != "linux" or "too large" in result.stderr
