@@ -728,9 +728,8 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
     """
     states, head, slots = completion_states(model, batch), model.get_output_embeddings(), batch.slots()
     targets = batch.completion_ids.flatten()[slots]
-    keep = torch.is_grad_enabled() and len(states) * len(head.weight) <= HeadLogprobs.KEEP
     scale = logit_scale(model) / temperature
-    logprobs, entropy = HeadLogprobs.apply(states, head.weight, head.bias, targets, scale, keep, with_entropy)
+    logprobs, entropy = HeadLogprobs.apply(states, head.weight, head.bias, targets, scale, with_entropy)
     logprobs = from_slots(logprobs, slots, batch.completion_ids.shape)
     return (logprobs, from_slots(entropy, slots, batch.completion_ids.shape)) if with_entropy else logprobs
 
@@ -769,71 +768,72 @@ def head_logits(states, weight, bias, scale):
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """log softmax(scale (h W^T + bias))[target] and its entropy for hidden states h (n, hidden), chunk by chunk.
+    """log softmax(scale (h W^T + bias))[target] and its entropy for hidden states h (n, hidden), block by block.
 
-    The softmax of a chunk is written over its logits, and its gradient over the softmax. With `keep` the softmax waits
-    for the backward pass, else it is computed again there: one matrix product more, but one chunk at most in memory.
-    A GPU takes larger chunks: with few rows its matrix products, and the sum of their weight gradients, wait for memory.
+    A block is all rows by a range of the vocabulary. On a CPU it stays in the cache while its softmax is written over
+    its logits and its gradient over the softmax, and each weight is read once, its gradient written once. Sums over the
+    vocabulary are kept relative to the largest logit so far; the backward pass computes the logits of a block again.
     """
 
-    CHUNK, KEEP = 2**25, 2**27  # numbers in a chunk of logits (128 MiB) and in all softmaxes kept (512 MiB)
+    BLOCK = 2**20  # logits in a block (4 MiB) on a CPU; a GPU takes more, since its matrix products want to be large
 
     @staticmethod
-    def chunks(states, vocabulary):
-        numbers = (
-            torch.cuda.get_device_properties(states.device).total_memory // 320 if states.is_cuda else HeadLogprobs.CHUNK
-        )
-        size, n = max(numbers // vocabulary, 1), len(states)
-        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    def blocks(states, vocabulary):
+        is_cuda = states.is_cuda
+        numbers = torch.cuda.get_device_properties(states.device).total_memory // 320 if is_cuda else HeadLogprobs.BLOCK
+        size = max(numbers // max(len(states), 1) // 64, 2) * 64  # aligned rows
+        return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
     @staticmethod
-    def forward(ctx, states, weight, bias, targets, scale, keep, with_entropy):
+    def within(block, targets):
+        """Columns (n, 1) of the targets in a block, and whether they are in it."""
+        inside = (targets >= block.start) & (targets < block.stop)
+        return (targets - block.start).clamp(0, block.stop - block.start - 1)[:, None], inside[:, None]
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, scale, with_entropy):
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         low_states, low_weight = states.to(dtype), weight.to(dtype)
-        logprobs, entropy, kept = [states.new_zeros(0, dtype=torch.float32)], [], []
-        for chunk in HeadLogprobs.chunks(states, len(weight)):
-            logits = head_logits(low_states[chunk], low_weight, bias, scale)
-            logits -= logits.max(dim=-1, keepdim=True).values
-            target_logits = logits.gather(1, targets[chunk, None])[:, 0]
-            softmax = logits.exp() if with_entropy else logits.exp_()
-            total = softmax.sum(dim=-1)
-            logprobs.append(target_logits - total.log())
-            if with_entropy:  # H = log Z - sum p z; as a product of rows it needs no third table
+        total, weighted, chosen = (states.new_zeros(len(states), 1, dtype=torch.float32) for _ in range(3))
+        largest = torch.full_like(total, -math.inf)
+        for block in HeadLogprobs.blocks(states, len(weight)):
+            logits = head_logits(low_states, low_weight[block], None if bias is None else bias[block], scale)
+            column, inside = HeadLogprobs.within(block, targets)
+            chosen = torch.where(inside, logits.gather(1, column), chosen)
+            before, largest = largest, torch.maximum(largest, logits.amax(dim=-1, keepdim=True))
+            shrink = (before - largest).exp()
+            softmax = (logits - largest).exp_() if with_entropy else logits.sub_(largest).exp_()
+            total = total * shrink + softmax.sum(dim=-1, keepdim=True)
+            if with_entropy:  # sum of p z, as a product of rows: it needs no third table
                 with torch.autocast(device, enabled=False):  # which would round both tables
-                    entropy.append(total.log() - torch.bmm(softmax[:, None], logits[:, :, None])[:, 0, 0] / total)
-            if keep:
-                kept.append(softmax.div_(total[:, None]))
-        ctx.save_for_backward(low_states, weight, bias, targets)
-        ctx.dtype, ctx.states_dtype, ctx.scale, ctx.kept = dtype, states.dtype, scale, kept
-        logprobs = torch.cat(logprobs)
-        entropy = torch.cat(entropy) if entropy else torch.zeros_like(logprobs)
+                    weighted = weighted * shrink + torch.bmm(softmax[:, None], logits[:, :, None])[:, 0]
+        log_total = largest + total.log()
+        ctx.save_for_backward(low_states, weight, bias, targets, log_total)
+        ctx.dtype, ctx.states_dtype, ctx.scale = dtype, states.dtype, scale
+        entropy = (log_total - weighted / total)[:, 0]  # H = log Z - sum of p z
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return (chosen - log_total)[:, 0], entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, _):
-        states, weight, bias, targets = ctx.saved_tensors
-        low_weight, kept, ctx.kept = weight.to(ctx.dtype), ctx.kept, []
-        grad_states = torch.empty(states.shape, dtype=ctx.states_dtype, device=states.device)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None else None
-        for i, chunk in enumerate(HeadLogprobs.chunks(states, len(weight))):
-            if kept:
-                grad, kept[i] = kept[i], None
-            else:
-                grad = head_logits(states[chunk], low_weight, bias, ctx.scale).softmax(dim=-1)
-            g = grad_logprobs[chunk, None] * ctx.scale  # d logprob / d logits = scale (onehot - softmax)
-            grad = grad.mul_(-g).scatter_add_(1, targets[chunk, None], g)
+        states, weight, bias, targets, log_total = ctx.saved_tensors
+        low_weight = weight.to(ctx.dtype)
+        grad_states = torch.zeros(states.shape, device=states.device)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.empty_like(bias) if bias is not None else None
+        g = grad_logprobs[:, None] * ctx.scale  # d logprob / d logits = scale (onehot - softmax)
+        for block in HeadLogprobs.blocks(states, len(weight)):
+            logits = head_logits(states, low_weight[block], None if bias is None else bias[block], ctx.scale)
+            column, inside = HeadLogprobs.within(block, targets)
+            grad = logits.sub_(log_total).exp_().mul_(-g).scatter_add_(1, column, g * inside)
             if grad_bias is not None:
-                grad_bias += grad.sum(dim=0)
+                grad_bias[block] = grad.sum(dim=0)
             grad = grad.to(ctx.dtype)
-            grad_states[chunk] = grad @ low_weight
-            if grad_weight is not None and ctx.dtype == torch.float32:
-                grad_weight.addmm_(grad.t(), states[chunk])
-            elif grad_weight is not None:
-                grad_weight += float32_product(grad.t(), states[chunk])
-        return grad_states, grad_weight, grad_bias, None, None, None, None
+            grad_states += float32_product(grad, low_weight[block])
+            if grad_weight is not None:
+                grad_weight[block] = float32_product(grad.t(), states)
+        return grad_states.to(ctx.states_dtype), grad_weight, grad_bias, None, None, None
 
 
 # =============================================================================

@@ -128,17 +128,18 @@ def plain_logprobs(states, weight, bias, targets, scale):
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("with_entropy", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 0.37])
-@pytest.mark.parametrize("rows_in_chunk", [0.5, 3, 100])  # below one row a chunk still holds one
-def test_head_gradients_are_those_of_plain_autograd(monkeypatch, keep, with_entropy, has_bias, scale, rows_in_chunk):
-    monkeypatch.setattr(common.HeadLogprobs, "CHUNK", int(rows_in_chunk * 13))
-    states, weight, bias = torch.randn(10, 5), torch.randn(13, 5), torch.randn(13) if has_bias else None
-    targets, incoming = torch.randint(0, 13, (10,)), torch.randn(10)
+@pytest.mark.parametrize("vocabulary, blocks", [(13, 1), (256, 2), (300, 3)])
+def test_head_gradients_are_those_of_plain_autograd(monkeypatch, with_entropy, has_bias, scale, vocabulary, blocks):
+    monkeypatch.setattr(common.HeadLogprobs, "BLOCK", 1)  # a block still holds 128 columns
+    states, weight, bias = torch.randn(10, 5), torch.randn(vocabulary, 5), torch.randn(vocabulary) if has_bias else None
+    targets, incoming = torch.randint(0, vocabulary, (10,)), torch.randn(10)
+    targets[0], targets[1] = 0, vocabulary - 1
+    assert len(common.HeadLogprobs.blocks(states, vocabulary)) == blocks
     leaves = [x.clone().requires_grad_() for x in (states, weight, bias) if x is not None]
-    got, entropy = common.HeadLogprobs.apply(*leaves, *[None] * (not has_bias), targets, scale, keep, with_entropy)
+    got, entropy = common.HeadLogprobs.apply(*leaves, *[None] * (not has_bias), targets, scale, with_entropy)
     got.backward(incoming)
 
     doubles = [x.double().requires_grad_() for x in (states, weight, bias) if x is not None]
@@ -148,12 +149,15 @@ def test_head_gradients_are_those_of_plain_autograd(monkeypatch, keep, with_entr
     for leaf, double in zip(leaves, doubles):
         torch.testing.assert_close(leaf.grad.double(), double.grad, atol=1e-5, rtol=1e-5)
     assert not entropy.requires_grad and got.dtype == torch.float32
+    if with_entropy:
+        logits = scale * (states @ weight.t() + (0 if bias is None else bias)).double()
+        torch.testing.assert_close(entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5, rtol=1e-5)
 
 
 def test_head_without_gradient_of_the_weight():
     """A frozen head, as under an adapter: the hidden states still get theirs."""
     states, weight, targets = torch.randn(4, 5, requires_grad=True), torch.randn(7, 5), torch.tensor([0, 6, 3, 3])
-    logprobs, _ = common.HeadLogprobs.apply(states, weight, None, targets, 1.0, False, False)
+    logprobs, _ = common.HeadLogprobs.apply(states, weight, None, targets, 1.0, False)
     logprobs.sum().backward()
     want = torch.autograd.grad(plain_logprobs(states, weight, None, targets, 1.0).sum(), states)[0]
     torch.testing.assert_close(states.grad, want, atol=1e-5, rtol=1e-5)
@@ -162,7 +166,7 @@ def test_head_without_gradient_of_the_weight():
 
 def test_head_survives_extreme_logits():
     states, weight = torch.tensor([[1.0], [1.0], [-1.0]]), torch.tensor([[500.0], [-500.0], [0.0]])
-    logprobs, entropy = common.HeadLogprobs.apply(states, weight, None, torch.tensor([0, 1, 1]), 1.0, False, True)
+    logprobs, entropy = common.HeadLogprobs.apply(states, weight, None, torch.tensor([0, 1, 1]), 1.0, True)
     assert logprobs.tolist() == [0.0, -1000.0, 0.0]
     assert entropy.tolist() == [0.0, 0.0, 0.0]
 
@@ -238,7 +242,7 @@ def test_bfloat16_changes_logprobs_a_little_but_not_their_sum_over_the_vocabular
     head = llama.get_output_embeddings()
     states, tokens = torch.randn(1, 16).expand(helpers.VOCABULARY, 16), torch.arange(helpers.VOCABULARY)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        logprobs, _ = common.HeadLogprobs.apply(states, head.weight, None, tokens, 1.0, False, False)
+        logprobs, _ = common.HeadLogprobs.apply(states, head.weight, None, tokens, 1.0, False)
     assert abs(float(logprobs.double().exp().sum()) - 1) < 1e-5
 
 
