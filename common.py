@@ -1324,7 +1324,7 @@ def addition_rows(split):
     return sets[split]
 
 
-def warm_start(model, tokenizer, run, target=0.30, batch_size=64, max_steps=1000):
+def warm_start(model, tokenizer, run, target=0.27, batch_size=64, max_steps=1000):
     """Supervised steps on the tiny model until its greedy accuracy on training prompts reaches `target`.
 
     Makes it partly competent, as a pretrained model is: this is the reference policy, and all that follows learns from
@@ -1339,7 +1339,7 @@ def warm_start(model, tokenizer, run, target=0.30, batch_size=64, max_steps=1000
     sampler = Sampler(model, {tokenizer.eos_token_id}, 1.0, 5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     for step in range(max_steps):
-        if step % 10 == 0 and step >= 50:
+        if step % 5 == 0 and step >= 50:
             texts = tokenizer.batch_decode(sampler.sample(probe_prompts, 1, None).completion_ids, skip_special_tokens=True)
             accuracy = sum(text == row["answer"] for text, row in zip(texts, probe)) / len(probe)
             if accuracy >= target:
