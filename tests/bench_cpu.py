@@ -9,11 +9,13 @@ GRPO is compared with trl 1.16, PPO with trl 1.10, the last with a PPOTrainer; w
 
 What is measured: sample, reward, reference, advantages, one update (PPO: --update-epochs of them), AdamW, all in
 float32. Both systems load the same folder: a Llama with random weights whose embedding of the end token is set so that
-lengths are geometric. The reward function, the same in both, is called once a step, and there each system waits for
-its turn: so they take turns step by step, in processes of their own with the same number of threads, and what else
-runs on the machine hits both; on a busy machine the ratio of the CPU seconds is the one to trust. A step lasts from one call of the reward function to the next; the first one is left
-out. Memory is the largest resident size of the process. The floor is the step's matrix products alone, without any
-padding or repeated prompt, at the rate at which this machine multiplies two float32 matrices of 1024 x 1024.
+lengths are geometric. PPOTrainer knows no groups: it gets each prompt as often as this project samples
+it. The reward function, the same in both, is called once a step, and there each system waits for its turn: so they take
+turns step by step, in processes of their own with the same number of threads, and what else runs on the machine hits
+both; on a busy machine the ratio of the CPU seconds is the one to trust. A step lasts from one call of the reward
+function to the next; the first one is left out. Memory is the largest resident size of the process. The floor is the
+step's matrix products alone, without any padding or repeated prompt, at the rate at which this machine multiplies two
+float32 matrices of 1024 x 1024.
 """
 
 import argparse
@@ -55,7 +57,7 @@ class Workload:
 
 
 WORKLOADS = {
-    "W1": Workload(128, 4, 40, 8, 32, 8, 12, 0.155, 256, 20),  # mean length about 6
+    "W1": Workload(128, 4, 40, 8, 32, 8, 12, 0.135, 64, 20),  # mean length about 6
     "W2": Workload(256, 6, 4096, 64, 8, 8, 128, 0.0106, 16, 7),  # 67
     "W3": Workload(256, 4, 151_936, 16, 4, 8, 64, 0.0185, 8, 5),  # 36
 }
@@ -93,12 +95,15 @@ def build(folder: Path, w: Workload):
             embeddings[END, 0] += (w.end_chance / chance).log() / states[:, 0].mean()
     model.generation_config = transformers.GenerationConfig(eos_token_id=END, pad_token_id=PAD)
     model.save_pretrained(folder / "model")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(w.vocabulary)}, unk_token="w0"))
+    vocabulary = {"<pad>": PAD, "<end>": END} | {f"w{i}": i for i in range(2, w.vocabulary)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{END}", pad_token=f"w{PAD}")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>")
     tokenizer.save_pretrained(folder / "model")
     prompts = torch.randint(2, w.vocabulary, (1024, w.prompt_tokens)).tolist()
     rows = [{"prompt": " ".join(f"w{token}" for token in tokens)} for tokens in prompts]
+    loaded = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    assert loaded([row["prompt"] for row in rows]).input_ids == prompts
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
@@ -197,7 +202,7 @@ def run_trl_ppo(folder: Path, w: Workload, options):
     load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "model", dtype=torch.float32)
     critic = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1, dtype=torch.float32)
     rows = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    prompts = datasets.Dataset.from_list([{"input_ids": tokenizer(prompt).input_ids} for prompt in rows])
+    prompts = datasets.Dataset.from_list([{"input_ids": ids} for ids in tokenizer(rows).input_ids for _ in range(w.group)])
     config = PPOConfig(
         **trl_arguments(folder, w, options), total_episodes=10_000 * w.sequences, num_ppo_epochs=options.update_epochs,
         num_mini_batches=1, local_rollout_forward_batch_size=w.sequences, response_length=w.max_new_tokens,
@@ -251,7 +256,7 @@ def matrix_rate() -> float:
 def child_command(python, what: str, folder: Path, w: Workload, options, checkout: Path = ROOT):
     flags = ["--child", what, "--folder", folder, "--workload", options.name, "--checkout", checkout]
     flags += ["--update-epochs", options.update_epochs, "--trl-micro-batch", options.trl_micro_batch or w.trl_micro_batch]
-    flags += ["--prompts", w.prompts, "--threads", options.threads] + ["--profile"] * options.profile
+    flags += ["--threads", options.threads] + ["--profile"] * options.profile
     return [str(x) for x in (python, __file__, *flags)]
 
 
@@ -336,7 +341,7 @@ def benchmark(options):
         for name in options.workload if algorithm == "grpo" else ["W1"]:
             with tempfile.TemporaryDirectory() as folder:
                 options.name, folder = name, Path(folder)
-                w = workload_of(name, algorithm)
+                w = WORKLOADS[name]
                 out(child_command(sys.executable, "build", folder, w, options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 commands = {"this project": child_command(sys.executable, f"ours-{algorithm}", folder, w, options)}
                 for checkout in options.against:
@@ -356,7 +361,7 @@ def profile(options):
         for name in options.workload if algorithm == "grpo" else ["W1"]:
             with tempfile.TemporaryDirectory() as folder:
                 options.name, folder = name, Path(folder)
-                w = workload_of(name, algorithm)
+                w = WORKLOADS[name]
                 subprocess.run(child_command(sys.executable, "build", folder, w, options), check=True)
                 system = System(name, child_command(sys.executable, f"ours-{algorithm}", folder, w, options), w, options.threads, folder / "log")
                 system.wait()
@@ -368,12 +373,6 @@ def profile(options):
                 print(f"{algorithm} {name}\n{(folder / 'log').read_text()}")
 
 
-def workload_of(name: str, algorithm: str) -> Workload:
-    """PPOTrainer takes one completion of every prompt, so in PPO each sequence has a prompt of its own."""
-    w = WORKLOADS[name]
-    return w if algorithm == "grpo" else Workload(**vars(w) | {"prompts": w.sequences, "group": 1})
-
-
 def run_child(options):
     import torch
 
@@ -381,7 +380,7 @@ def run_child(options):
     if options.child == "rate":
         return print(matrix_rate())
     system, _, algorithm = options.child.partition("-")
-    w = workload_of(options.workload[0], algorithm or "grpo")
+    w = WORKLOADS[options.workload[0]]
     if system == "build":
         build(options.folder, w)
     elif system == "trl":
@@ -410,7 +409,7 @@ def parse(argv=None):
     parser.add_argument("--no-trl", action="store_true")
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="other checkouts of this project")
     parser.add_argument("--profile", action="store_true", help="print the operators of some steps of this project instead")
-    for name in ("--child", "--folder", "--checkout", "--prompts"):
+    for name in ("--child", "--folder", "--checkout"):
         parser.add_argument(name, type=Path if name in ("--folder", "--checkout") else str, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
