@@ -73,7 +73,7 @@ class Args:
     update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
     num_minibatches: int = flag(tiny=2, real=4, help="optimiser steps a pass", at_least=1)
     # Optimisation
-    learning_rate: float = flag(tiny=1e-3, real=1e-6, help="at its peak", above=0)
+    learning_rate: float = flag(tiny=1.5e-3, real=1e-6, help="at its peak", above=0)
     critic_learning_rate: float = flag(tiny=1e-3, real=1e-5, help="at its peak", above=0)
     warmup_steps: int = flag(tiny=20, real=10, help="of linear warm-up", at_least=0)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".github/ladder.json"
 
 STEPS, PROMPTS, SAMPLES = 150, 32, 8
-SHARED = f"--steps {STEPS} --warmup-steps 30 --learning-rate 0.001 --num-minibatches 2"
+SHARED = f"--steps {STEPS} --warmup-steps 30 --learning-rate 0.0015 --num-minibatches 2"
 PPO = f"ppo.py {SHARED} --prompts-per-step {PROMPTS * SAMPLES} --samples-per-prompt 1"
 PPO += " --gae-lambda 1 --critic-learning-rate 0.001 --no-whiten-advantages --value-clip 0.2"
 GRPO = f"grpo.py {SHARED} --prompts-per-step {PROMPTS} --group-size {SAMPLES}"
