@@ -1,0 +1,73 @@
+"""The members of the GRPO family on the built-in task: grpo.py with each --loss and --advantage, seeds 1 to 5.
+
+    python tests/family.py                 # 40 runs, about half an hour on one core; Ctrl-C, then the same again goes on
+
+Everything but the flags named in the table is at its default. A run that has finished is not repeated (runs/family/).
+Prints the README's table; medians over the seeds, in brackets the lowest and the highest. Seconds are wall seconds of
+the done line without the evaluations in between, on one thread.
+"""
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = range(1, 6)
+VARIANTS = [
+    "--loss grpo",
+    "--loss dr_grpo",
+    "--loss dapo",
+    "--loss dapo --dynamic-sampling --kl-coef 0",
+    "--loss gspo",
+    "--loss cispo",
+    "--advantage rloo",
+    "--advantage batch",
+]
+
+
+def run(flags, seed):
+    """What TensorBoard holds of one run: name -> [[step, value], ...]."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = ROOT / "runs/family" / f"{flags.replace('--', '').replace(' ', '_')}-{seed}"
+    if not (folder / "final").exists():
+        command = [sys.executable, "grpo.py", *flags.split(), "--seed", str(seed), "--eval-every", "10"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, "--output-dir", str(folder)], cwd=ROOT, stdout=subprocess.DEVNULL, check=True, env=environment)
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {name: [[point.step, point.value] for point in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def with_range(values, form):
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def main():
+    print("| flags | accuracy | easy | hard | steps to 0.9 | clipped | KL | seconds |\n|---|---|---|---|---|---|---|---|")
+    bar = tqdm(total=len(VARIANTS) * len(SEEDS), unit="run", dynamic_ncols=True)
+    for flags in VARIANTS:
+        runs = []
+        for seed in SEEDS:
+            bar.set_description(f"{flags}, seed {seed}")
+            runs.append(run(flags, seed))
+            bar.update()
+        final = {level: [some[f"eval/accuracy{level}"][-1][1] for some in runs] for level in ("", "_easy", "_hard")}
+        needed = [next((step for step, value in some["eval/accuracy"] if value >= 0.9), math.inf) for some in runs]
+        clipped = [statistics.mean(value for _, value in some["losses/clipfrac"]) for some in runs]
+        kl = [some["objective/kl_seq"][-1][1] for some in runs if "objective/kl_seq" in some]
+        phases = ("rollout", "reward", "reference", "update")
+        seconds = [sum(value for phase in phases for _, value in some.get(f"perf/{phase}_seconds", [])) for some in runs]
+        cells = [f"`{flags}`", with_range(final[""], ".3f"), *(f"{statistics.median(final[x]):.3f}" for x in ("_easy", "_hard"))]
+        cells += [f"{statistics.median_high(needed)}", f"{statistics.median(clipped):.3f}"]
+        cells += [f"{statistics.median(kl):.2f}" if kl else "-", f"{statistics.median(seconds):.0f}"]
+        tqdm.write(f"| {' | '.join(cells)} |", file=sys.stdout)
+    bar.close()
+
+
+if __name__ == "__main__":
+    main()
