@@ -371,18 +371,23 @@ class Run:
     # ---- signals ----
 
     def catch_signals(self):
-        """In the training loop the first Ctrl-C or SIGTERM lets the step in hand finish; the second one stops at once."""
+        """In the training loop the first Ctrl-C, SIGTERM or SIGHUP lets the step in hand finish; the second one stops at once."""
 
         def stop(number, frame):
             if self.bar is None or self.stop_signal:
                 os._exit(128 + number)
             self.stop_signal = number
+            if number == signal.SIGHUP:  # the terminal is gone, and writing to it would be an error
+                null = os.open(os.devnull, os.O_WRONLY)
+                for output in filter(os.isatty, (1, 2)):
+                    os.dup2(null, output)
             with contextlib.suppress(RuntimeError):  # Python refuses to print in the middle of another print
                 self.say("stopping after this step, with a checkpoint; once more stops at once")
 
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, stop)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    signal.signal(number, stop)
 
     def must_stop(self) -> bool:
         """Whether any process was told to stop; all processes get the same answer."""
@@ -1139,7 +1144,7 @@ def load_policy(args, run):
             for parameter in policy.parameters():
                 dist.broadcast(parameter.data, 0)
         if args.gradient_checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(policy)
         return policy, tokenizer, {tokenizer.eos_token_id}
     tokenizer = load_tokenizer(args.model, "--model", args)
     policy = load_model(AutoModelForCausalLM, args.model, "--model", args).to(run.device)
@@ -1150,8 +1155,14 @@ def load_policy(args, run):
             f"--model {args.model}: neither its tokenizer nor its generation_config names an end token (eos_token)"
         )
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(policy)
     return policy, tokenizer, ends
+
+
+def checkpoint_layers(model):
+    """Keep no activations inside the layers: the backward pass computes them again. transformers 5.23 has a new name for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def load_model(auto_class, name, flag_name, args):
@@ -1203,7 +1214,7 @@ def load_critic(args, run, policy) -> Critic:
                 f"--critic-model {args.critic_model}: its vocabulary is smaller than the policy's; it has to have the same tokens"
             )
         if args.gradient_checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(backbone)
     return Critic(backbone).to(run.device)
 
 
@@ -2263,11 +2274,14 @@ def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
         return with_less_memory(run, whole)
 
 
-def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer):
-    """Gradients of the sum of `loss_of(micro_batch)` over all micro-batches of `rollout`."""
+def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer, means: Means | None = None):
+    """Gradients of the sum of `loss_of(micro_batch)` over all micro-batches of `rollout`; `means`: what it adds to."""
+    means = means or Means()
+    before = means.sums.copy()
 
     def whole():
         optimizer.zero_grad(set_to_none=True)
+        means.sums = before.copy()  # a second try, with smaller micro-batches, counts nothing twice
         for _, batch in each_micro_batch(run, rollout):
             with run.autocast():
                 loss = loss_of(batch)

@@ -349,7 +349,7 @@ def main(args: Args) -> int:
                     means.add("losses/clipfrac", clipped, mask)
                     return (loss * token_weights(args.loss, mask, sequences, tokens, args.max_new_tokens)).sum()
 
-                common.accumulate_gradients(run, loss_of, minibatch, optimizer)
+                common.accumulate_gradients(run, loss_of, minibatch, optimizer, means)
                 means.add("losses/grad_norm", common.clip_and_step(run, [policy], optimizer))
 
         # ---- Log, evaluate, save ----

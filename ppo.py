@@ -267,7 +267,7 @@ def main(args: Args) -> int:
                         loss = loss + args.value_coef * v_loss
                     return (loss * mask).sum() / max(tokens, 1)
 
-                common.accumulate_gradients(run, loss_of, minibatch, optimizer)
+                common.accumulate_gradients(run, loss_of, minibatch, optimizer, means)
                 means.add("losses/grad_norm", common.clip_and_step(run, list(learners.values()), optimizer))
 
         # ---- Log, evaluate, save ----

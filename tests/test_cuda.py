@@ -212,16 +212,18 @@ def test_sampled_tokens_have_the_models_distribution(device):
 # ---------------------------------------------------------------- memory
 
 
-def gradients_of(model, run, rollout, limit=math.inf):
+def gradients_of(model, run, rollout, limit=math.inf, means=None):
     """Gradients through accumulate_gradients, where more than `limit` completion tokens in a micro-batch are too many."""
+    means = means or common.Means()
 
     def loss_of(batch):
+        means.add("tokens", torch.ones(int(batch.lengths.sum())))
         loss = (common.completion_logprobs(model, batch, 1.0) * batch.advantages).sum()
         if int(batch.lengths.sum()) > limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return loss
 
-    common.accumulate_gradients(run, loss_of, rollout, torch.optim.SGD(model.parameters()))
+    common.accumulate_gradients(run, loss_of, rollout, torch.optim.SGD(model.parameters()), means)
     return helpers.gradients(model)
 
 
@@ -231,7 +233,10 @@ def test_micro_batches_halve_after_running_out_of_memory_and_the_gradient_stays(
     rollout.advantages = torch.randn(rollout.completion_ids.shape)
     want = gradients_of(model, helpers.make_run(micro_batch_tokens=512), rollout)
     run = helpers.make_run(micro_batch_tokens=512)
-    got = gradients_of(model, run, rollout, limit=50)
+    means = common.Means()
+    means.add("tokens", torch.ones(7))  # of the minibatch before
+    got = gradients_of(model, run, rollout, limit=50, means=means)
+    assert means.sums["tokens"][1] == 7 + 8 * 16  # what was counted before the memory ran out is not counted twice
     assert run.micro_batch_tokens == 64  # three sequences of 20 tokens
     assert "out of GPU memory: going on with --micro-batch-tokens 64" in capsys.readouterr().out
     helpers.assert_same_gradients(got, want)
