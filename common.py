@@ -182,7 +182,7 @@ def run_script(main, Args):
 
 
 def join_processes():
-    """Under torchrun: meet the other processes, and end with status 2 when one of them has met an error. Returns their store."""
+    """Under torchrun: meet the other processes, and end with status 2 once one meets an error. Returns their store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     dist.init_process_group(timeout=timedelta(minutes=10))  # gloo, and nccl for tensors on GPUs
@@ -371,7 +371,7 @@ class Run:
     # ---- signals ----
 
     def catch_signals(self):
-        """In the training loop the first Ctrl-C, SIGTERM or SIGHUP lets the step in hand finish; the second one stops at once."""
+        """In the training loop the first Ctrl-C, SIGTERM or SIGHUP lets the step in hand finish; a second stops at once."""
 
         def stop(number, frame):
             if self.bar is None or self.stop_signal:
@@ -463,7 +463,9 @@ class Run:
             "no completion ends: the end token was never sampled; raise --max-new-tokens": cut == 1,
             "most completions are cut off at --max-new-tokens; raise it": 0.5 < cut < 1,
             "all scores are equal, so nothing can be learned; look at --reward and the prompts": metrics["reward/std"] == 0,
-            "most groups have equal scores; take easier or harder prompts, or a larger --group-size": equal > 0.8 and metrics["reward/std"] > 0,
+            "most groups have equal scores; take easier or harder prompts, or a larger --group-size": (
+                equal > 0.8 and metrics["reward/std"] > 0
+            ),
             "the policy is more than 1 nat a token from the reference; raise --kl-coef or lower --learning-rate":
                 metrics.get("objective/kl_seq", 0.0) > metrics["completions/mean_length"],
         }  # fmt: skip
@@ -652,7 +654,7 @@ class PackedLayout:
         return torch.cat([out, unpad(dot_product_attention(q, k, v, scaling, mask), self.input_slots)])
 
     def mask(self, window, dtype):
-        """Additive masks (1, 1, P, P), or None if plainly causal, and (b, 1, C, P + C); `window`: tokens seen back, or None."""
+        """Additive masks (1, 1, P, P), None if plainly causal, and (b, 1, C, P + C); `window`: tokens seen back, or None."""
         if (window, dtype) not in self.masks:
             column = torch.arange(max(self.P, self.C), device=self.positions.device)
             p, c = column[: self.P], column[: self.C]
@@ -714,7 +716,7 @@ def distinct(index):
 
 
 def with_whole_parameters(function):
-    """For functions of a model, which may be sharded: FSDP gathers parameters around `forward` and what `shard` registers."""
+    """For functions of a model that may be sharded: FSDP gathers parameters around `forward` and what `shard` registers."""
 
     @functools.wraps(function)
     def call(model, *args, **kwargs):
@@ -1160,7 +1162,7 @@ def load_policy(args, run):
 
 
 def checkpoint_layers(model):
-    """Keep no activations inside the layers: the backward pass computes them again. transformers 5.23 has a new name for it."""
+    """Keep no activations inside the layers: the backward pass computes them again. Renamed in transformers 5.23."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -1187,7 +1189,7 @@ def first_line(error):
 
 
 def without_dropout(model):
-    """The ratio of two different dropout masks would mean nothing. (Train mode stays on: gradient checkpointing needs it.)"""
+    """The ratio of two dropout masks would mean nothing. (Train mode stays on: gradient checkpointing needs it.)"""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -1211,7 +1213,7 @@ def load_critic(args, run, policy) -> Critic:
         backbone = load_model(AutoModel, args.critic_model, "--critic-model", args)
         if backbone.get_input_embeddings().num_embeddings < policy.get_input_embeddings().num_embeddings:
             raise UserError(
-                f"--critic-model {args.critic_model}: its vocabulary is smaller than the policy's; it has to have the same tokens"
+                f"--critic-model {args.critic_model}: its vocabulary is smaller than the policy's; take one of its tokens"
             )
         if args.gradient_checkpointing:
             checkpoint_layers(backbone)
@@ -1656,7 +1658,7 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     longest = max(len(prompt.ids) for prompt in train + evaluation)
     if room and longest + args.max_new_tokens > room:
         raise UserError(
-            f"--max-new-tokens {args.max_new_tokens}: with a prompt of {longest} tokens that is more than the model's {room} positions"
+            f"--max-new-tokens {args.max_new_tokens}: with a prompt of {longest} more than the model's {room} positions"
         )
     if train_rows[: len(eval_rows)] == eval_rows:
         run.warn(f"with {len(train_rows)} prompts none are held out: evaluation is on training prompts")
@@ -2336,7 +2338,7 @@ def logprobs_without_gradient(run, model, rollout: Rollout) -> Tensor:
 
 
 def old_logprobs(run, sampler, policy, rollout: Rollout) -> Tensor:
-    """Log-probs under the policy that sampled: the sampler's own, or a pass of the trainer's where these are less precise."""
+    """Log-probs under the policy that sampled: the sampler's own, or a pass of the trainer's where they are less precise."""
     return rollout.sampler_logprobs if sampler.is_exact else logprobs_without_gradient(run, policy, rollout)
 
 

@@ -149,7 +149,7 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tenso
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, per_sequence: bool) -> Tensor:
-    """rho = pi / pi_old of each token (B, C), or of each sequence, exp(mean_t log rho), eq. 7 of arXiv:2507.18071, (B, 1)."""
+    """rho = pi / pi_old of each token, (B, C), or sequence, exp(mean_t log rho), eq. 7 of arXiv:2507.18071, (B, 1)."""
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
     if per_sequence:
         log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -162,7 +162,7 @@ def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high
 
 
 def cispo_loss(ratio: Tensor, advantages: Tensor, logprobs: Tensor, clip_high: float) -> Tensor:
-    """-stopgrad(min(rho, 1 + eps_high)) A log pi, eq. 4 of arXiv:2506.13585: clips the weight, never the gradient: (B, C)."""
+    """-stopgrad(min(rho, 1 + eps_high)) A log pi, eq. 4 of arXiv:2506.13585: clips the weight, not the gradient: (B, C)."""
     return -ratio.clamp(max=1 + clip_high).detach() * advantages * logprobs
 
 
@@ -189,7 +189,7 @@ def token_weights(loss: str, mask: Tensor, sequences: float, tokens: float, max_
         return mask / (max(sequences, 1) * max_new_tokens)
     if loss in ("dapo", "cispo"):  # every token counts the same, eq. 8 of arXiv:2503.14476
         return mask / max(tokens, 1)
-    return mask / (mask.sum(1, keepdim=True).clamp(min=1) * max(sequences, 1))  # mean over sequences of the mean over tokens
+    return mask / (mask.sum(1, keepdim=True).clamp(min=1) * max(sequences, 1))  # mean over sequences of means over tokens
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -198,7 +198,7 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
 
 
 def process_advantages(step_rewards: Tensor, group_size: int) -> Tensor:
-    """Process supervision, section 4.1.3 of arXiv:2402.03300: step_rewards (B, C), 0 where no step ends -> advantages (B, C).
+    """Process supervision, section 4.1.3 of arXiv:2402.03300: step_rewards (B, C), 0 where no step ends -> (B, C).
 
     All step rewards of a group are normalised by their mean and standard deviation; a token's advantage is the sum of
     those of the steps that end at it or after it.
