@@ -1,5 +1,6 @@
 """The README's links to lines hold what they name, and its worked examples apply and run. `python tests/test_readme.py` renews the links."""
 
+import doctest
 import re
 import subprocess
 import sys
@@ -58,6 +59,12 @@ def test_worked_example_applies_and_runs(script, diff, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("done steps=2 ")
+
+
+def test_step_with_numbers():
+    """The Python session of the README gives what stands there."""
+    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert result.attempted >= 9 and result.failed == 0
 
 
 if __name__ == "__main__":
