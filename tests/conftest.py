@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def same_randomness_and_signals():
     """Each test starts from the same seed, and a `Run` made in it leaves no signal handler behind."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     torch.manual_seed(0)
     yield
     for number, handler in handlers.items():
