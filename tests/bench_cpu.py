@@ -58,7 +58,7 @@ class Workload:
 
 
 WORKLOADS = {
-    "W1": Workload(128, 4, 40, 8, 32, 8, 12, 0.135, 512, 64, 20),  # mean length about 6
+    "W1": Workload(128, 4, 40, 8, 32, 8, 12, 0.135, 1024, 64, 20),  # mean length about 6
     "W2": Workload(256, 6, 4096, 64, 8, 8, 128, 0.0106, 1024, 16, 7),  # 67
     "W3": Workload(256, 4, 151_936, 16, 4, 8, 64, 0.0185, 1024, 8, 5),  # 36
 }
