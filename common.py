@@ -1303,7 +1303,7 @@ def tiny_tokenizer():
 
 
 def tiny_model(tokenizer, seed):
-    """A Llama with 108,096 random weights."""
+    """A Llama with 107,712 random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,

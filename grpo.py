@@ -171,9 +171,9 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: floa
     return (old_logprobs - sampler_logprobs).clamp(-20, 20).exp().clamp(max=cap).detach()
 
 
-def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """Estimate of KL(pi || pi_ref) at each sampled token, (B, C): k1 is unbiased, k3 also never negative and less noisy."""
-    k1 = (logprobs - ref_logprobs).clamp(-20, 20)
+def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k3") -> Tensor:
+    """Estimate of KL(pi || other) at tokens sampled from pi, (B, C). k1 is unbiased, k3 also never negative and calmer."""
+    k1 = (logprobs - other_logprobs).clamp(-20, 20)
     if estimator == "k1":
         return k1
     return k1.square() / 2 if estimator == "k2" else torch.expm1(-k1) + k1  # eq. 4 of arXiv:2402.03300
@@ -343,9 +343,9 @@ def main(args: Args) -> int:
                         loss = loss * importance_weights(old_logprobs, batch.sampler_logprobs, args.tis_cap)
                     means.add("losses/policy_loss", loss, mask)
                     if reference is not None:
-                        loss = loss + args.kl_coef * kl_to_reference(logprobs, batch.ref_logprobs, args.kl_estimator)
+                        loss = loss + args.kl_coef * kl_estimate(logprobs, batch.ref_logprobs, args.kl_estimator)
                     means.add("losses/entropy", entropy, mask)
-                    means.add("losses/approx_kl", kl_to_reference(old_logprobs, logprobs), mask)
+                    means.add("losses/approx_kl", kl_estimate(old_logprobs, logprobs), mask)
                     means.add("losses/clipfrac", clipped, mask)
                     return (loss * token_weights(args.loss, mask, sequences, tokens, args.max_new_tokens)).sum()
 
@@ -356,8 +356,8 @@ def main(args: Args) -> int:
         mask = rollout.completion_mask
         means.add("reward/frac_zero_std", has_equal_scores(scores.total, G))
         if reference is not None:
-            k1 = kl_to_reference(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
-            means.add("objective/kl", kl_to_reference(rollout.sampler_logprobs, rollout.ref_logprobs), mask)
+            k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
+            means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs), mask)
             means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
             if args.ref_refresh and step % args.ref_refresh == 0:
                 common.copy_weights(policy, reference)  # iterative GRPO, algorithm 1 of arXiv:2402.03300

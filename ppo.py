@@ -143,9 +143,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: 
     return 0.5 * torch.max((values - returns).square(), (clipped - returns).square())
 
 
-def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
-    """Estimate of KL(pi || pi_ref) at each sampled token, (B, C): k1 is unbiased, k3 also never negative and less noisy."""
-    k1 = (logprobs - ref_logprobs).clamp(-20, 20)
+def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k1") -> Tensor:
+    """Estimate of KL(pi || other) at tokens sampled from pi, (B, C). k1 is unbiased, k3 also never negative and calmer."""
+    k1 = (logprobs - other_logprobs).clamp(-20, 20)
     if estimator == "k1":
         return k1
     return k1.square() / 2 if estimator == "k2" else torch.expm1(-k1) + k1
@@ -224,7 +224,7 @@ def main(args: Args) -> int:
         # ---- Reward: the score on the last token (or token by token), less the KL on every token ----
         mask = rollout.completion_mask  # (B, C)
         rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
-        kl = None if reference is None else kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
+        kl = None if reference is None else kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
         dense = None if scores.dense is None else common.dense_table(scores.dense, rollout)
         token_rewards = on_last_token(rollout.scores, mask) if dense is None else dense
         token_rewards = token_rewards - on_last_token(args.truncation_penalty * rollout.truncated, mask)
@@ -257,7 +257,7 @@ def main(args: Args) -> int:
                     loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
                     means.add("losses/policy_loss", loss, mask)
                     means.add("losses/entropy", entropy, mask)
-                    means.add("losses/approx_kl", kl_to_reference(batch.old_logprobs, logprobs, "k3"), mask)
+                    means.add("losses/approx_kl", kl_estimate(batch.old_logprobs, logprobs, "k3"), mask)
                     means.add("losses/clipfrac", is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high), mask)
                     if critic is not None:
                         values = common.completion_values(critic, batch)
@@ -275,8 +275,8 @@ def main(args: Args) -> int:
             residual = common.mean_and_variance(run, rollout.returns - rollout.values, mask)[1]
             means.add("losses/explained_variance", 1 - residual / common.mean_and_variance(run, rollout.returns, mask)[1])
         if reference is not None:
-            means.add("objective/kl", kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, "k3"), mask)
-            k1 = kl_to_reference(rollout.old_logprobs, rollout.ref_logprobs, "k1")
+            means.add("objective/kl", kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, "k3"), mask)
+            k1 = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, "k1")
             means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
         means.add("objective/rlhf_reward", token_rewards.sum(dim=1))
         metrics = common.step_metrics(run, rollout, scores, means, list(learners.values()))
