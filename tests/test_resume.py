@@ -109,7 +109,7 @@ def test_resumed_run_may_be_stopped_again_and_moved(materials, undisturbed, tmp_
 def test_killed_run_resumes_to_the_same_bits(materials, tmp_path):
     """Real processes, ended by SIGKILL at random moments: while loading, sampling, updating or writing."""
     kills, chance = int(os.environ.get("KILLS", 3)), random.Random(os.environ.get("KILLS_SEED", 0))
-    flags = dict(steps=20 * kills, save_every=1, keep_checkpoints=2, dynamic_sampling=True)
+    flags = dict(steps=12 * kills, save_every=1, keep_checkpoints=2, dynamic_sampling=True)
     assert runs.run_here("grpo", runs.arguments(materials, "grpo", tmp_path / "undisturbed", **flags)) == 0
     argv, done = runs.arguments(materials, "grpo", tmp_path / "run", **flags), []
     for _ in range(kills):
@@ -121,7 +121,7 @@ def test_killed_run_resumes_to_the_same_bits(materials, tmp_path):
             newest, patience = names(tmp_path / "run" / "checkpoints")[-1], time.time() + chance.choice([2, 60, 60])
             while names(tmp_path / "run" / "checkpoints")[-1] == newest and time.time() < patience:
                 time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, 0.2))
         assert process.poll() is None, "it was to be killed before its end"
         process.kill()
         process.wait()
