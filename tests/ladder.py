@@ -1,6 +1,6 @@
 """The five rungs from a bare score to GRPO, each one run of a script, and what the claims about them come to.
 
-    python tests/ladder.py                     # seeds 1 to 5, about an hour on one core; Ctrl-C, then the same again goes on
+    python tests/ladder.py                     # seeds 1 to 5, an hour and a half on one core; Ctrl-C, then the same again goes on
     python tests/ladder.py --only 4+KL 5-GRPO --seeds 1 2
     python tests/ladder.py --quick             # a few steps, to see that everything works
     python tests/ladder.py --report            # table and figure of what is there
@@ -408,6 +408,8 @@ def draw(done, path):
     curves(axes[1, 1], "(c) Four epochs on each batch", {"4-epochs-clip": "clip 0.2", "4-epochs-no-clip": "no clip"})
     curves(axes[2, 0], "(d) A verifier with a hole: the truth", hole)
     curves(axes[2, 1], "(d) ... and what it pays", hole, PROXY, "mean reward in training")
+    if axes[2, 0].get_legend():
+        axes[2, 0].get_legend().remove()  # the same stands in the panel on the right
 
     noises = done.get("gradient-noise", [])
     keys = list(noises[0]["noise"]) if noises else []
