@@ -247,6 +247,9 @@ class Run:
         self.compute_dtype = self.choose_dtype(args.dtype)
         if not args.resume and args.output_dir:
             check_new_folder(args.output_dir)
+        if args.num_minibatches > args.prompts_per_step // self.world:
+            share = f"{args.prompts_per_step // self.world} prompts of a step and process"
+            raise UserError(f"--num-minibatches {args.num_minibatches} is more than the {share}")
         if self.world > 1 and args.prompts_per_step % (self.world * args.num_minibatches):
             parts = f"{self.world} processes and --num-minibatches {args.num_minibatches}"
             raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {parts}")
@@ -1068,7 +1071,7 @@ class Sampler:
         live = int((~finished).sum())
         if self.is_cuda:  # by halves, so that few shapes occur
             halved = self.cache.live
-            while live and live <= halved // 2 and halved >= 32:  # fewer rows than 16 take the same time
+            while live and live <= halved // 2 and halved >= 32:  # fewer rows than 16 hardly save any time
                 halved //= 2
             live = halved if live else 0
         if live == self.cache.live:

@@ -81,7 +81,7 @@ class Args:
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     micro_batch_tokens: int = flag(16384, "tokens in one forward and backward pass; bounds memory", at_least=1)
     gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
-    compile: bool = flag(False, "fuse the layers with torch.compile: faster on a GPU, after a minute of compiling")
+    compile: bool = flag(False, "fuse the layers with torch.compile, meant for GPUs; compiling takes a while at the start")
     dtype: str | None = flag(
         help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"]
     )
@@ -99,8 +99,7 @@ class Args:
     log_samples: int = flag(4, "completions in the table of samples", at_least=0)
 
 
-# The defaults that come with --loss, from its paper: clip_low, clip_high, scale_rewards.
-LOSS_DEFAULTS = {
+LOSS_DEFAULTS = {  # from the paper of each: clip_low, clip_high, scale_rewards
     "grpo": (0.2, 0.2, True),
     "dr_grpo": (0.2, 0.2, False),
     "dapo": (0.2, 0.28, True),
@@ -200,17 +199,11 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
 def process_advantages(step_rewards: Tensor, group_size: int) -> Tensor:
     """Process supervision, section 4.1.3 of arXiv:2402.03300: step_rewards (B, C), 0 where no step ends -> (B, C).
 
-    All step rewards of a group are normalised by their mean and standard deviation; a token's advantage is the sum of
-    those of the steps that end at it or after it.
+    The step rewards of a group are compared with each other as scores are; a token's advantage is the sum of those of the
+    steps that end at it or after it.
     """
-    groups = step_rewards.view(-1, group_size * step_rewards.shape[1])  # (N, G C)
-    is_step = groups != 0
-    count = is_step.sum(dim=1, keepdim=True)
-    mean = groups.sum(dim=1, keepdim=True) / count.clamp(min=1)
-    centered = torch.where(is_step, groups - mean, 0.0)
-    std = (centered.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    equal = torch.where(is_step, groups, math.inf).amin(1) == torch.where(is_step, groups, -math.inf).amax(1)
-    normalised = torch.where(equal[:, None], 0.0, centered / (std + 1e-4)).view_as(step_rewards)
+    steps = step_rewards.masked_fill(step_rewards == 0, math.nan).flatten()  # (B C,)
+    normalised = group_advantages(steps, group_size * step_rewards.shape[1]).view_as(step_rewards)
     return normalised.flip(1).cumsum(1).flip(1)
 
 
@@ -246,18 +239,15 @@ def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollo
 
 
 def main(args: Args) -> int:
-    default_low, default_high, default_scale = LOSS_DEFAULTS[args.loss]
-    args.clip_low = default_low if args.clip_low is None else args.clip_low
-    args.clip_high = default_high if args.clip_high is None else args.clip_high
-    args.scale_rewards = default_scale if args.scale_rewards is None else args.scale_rewards
+    defaults = zip(("clip_low", "clip_high", "scale_rewards"), LOSS_DEFAULTS[args.loss])
+    defaults = {name: value for name, value in defaults if getattr(args, name) is None}
+    vars(args).update(defaults)
 
     # ---- Set-up: what can be wrong without a model is found before one loads ----
     run = common.Run(args, "grpo")
-    N, G = args.prompts_per_step // run.world, args.group_size  # of this process
-    if args.num_minibatches > N:
-        raise common.UserError(
-            f"--num-minibatches {args.num_minibatches} is more than the {N} prompts of a step and process"
-        )
+    G = args.group_size
+    if args.loss != "grpo" and defaults:
+        run.say(f"--loss {args.loss}, by its paper: " + ", ".join(f"{name} {value}" for name, value in defaults.items()))
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     policy, tokenizer, end_ids = common.load_policy(args, run)
@@ -356,8 +346,8 @@ def main(args: Args) -> int:
         mask = rollout.completion_mask
         means.add("reward/frac_zero_std", has_equal_scores(scores.total, G))
         if reference is not None:
-            k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs), mask)
+            k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
             means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
             if args.ref_refresh and step % args.ref_refresh == 0:
                 common.copy_weights(policy, reference)  # iterative GRPO, algorithm 1 of arXiv:2402.03300

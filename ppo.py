@@ -79,7 +79,7 @@ class Args:
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     micro_batch_tokens: int = flag(16384, "tokens in one forward and backward pass; bounds memory", at_least=1)
     gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
-    compile: bool = flag(False, "fuse the layers with torch.compile: faster on a GPU, after a minute of compiling")
+    compile: bool = flag(False, "fuse the layers with torch.compile, meant for GPUs; compiling takes a while at the start")
     dtype: str | None = flag(
         help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"]
     )
@@ -148,7 +148,7 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k1")
     k1 = (logprobs - other_logprobs).clamp(-20, 20)
     if estimator == "k1":
         return k1
-    return k1.square() / 2 if estimator == "k2" else torch.expm1(-k1) + k1
+    return k1.square() / 2 if estimator == "k2" else torch.expm1(-k1) + k1  # eq. 4 of arXiv:2402.03300
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizon: float) -> float:
@@ -158,7 +158,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizo
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Where the clip binds, so that a token gets no gradient: (B, C) of 0 and 1."""
+    """Where the clip of the surrogate binds, so that a token gets no gradient: (B, C) of 0 and 1."""
     return (((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))).float()
 
 
@@ -170,11 +170,7 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
 def main(args: Args) -> int:
     # ---- Set-up: what can be wrong without a model is found before one loads ----
     run = common.Run(args, "ppo")
-    N, G = args.prompts_per_step // run.world, args.samples_per_prompt  # of this process
-    if args.num_minibatches > N:
-        raise common.UserError(
-            f"--num-minibatches {args.num_minibatches} is more than the {N} prompts of a step and process"
-        )
+    G = args.samples_per_prompt
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     policy, tokenizer, end_ids = common.load_policy(args, run)
