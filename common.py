@@ -364,6 +364,8 @@ class Run:
             if not args.resume:
                 check_new_folder(self.folder)
                 (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+            while any(self.folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+                time.sleep(0.05)  # TensorBoard reads the files by name, second by second: this one has to come last
             self.writer = SummaryWriter(self.folder, purge_step=resumed_at + 1 if resumed_at else None)
             threading.excepthook = not_of_tensorboard
         except OSError as error:

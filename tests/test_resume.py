@@ -24,6 +24,7 @@ import torch
 
 import common
 import grpo
+import helpers
 import ppo
 import runs
 
@@ -131,6 +132,16 @@ def test_killed_run_resumes_to_the_same_bits(materials, tmp_path):
     print("killed after", *done)
     assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
     assert len(names(tmp_path / "run" / "checkpoints")) == 2  # nothing half-written is left
+
+
+def test_events_are_read_after_those_of_the_same_second(tmp_path):
+    """TensorBoard reads a folder's files by name, which begins with the second: what came later must be read later."""
+    run = helpers.make_run(resume=str(tmp_path))
+    older = tmp_path / f"events.out.tfevents.{int(time.time())}.zz.9"
+    older.touch()
+    run.open_folder(resumed_at=3)
+    run.writer.close()
+    assert len(names(tmp_path)) == 2 and names(tmp_path)[0] == older.name
 
 
 def test_exit_status_and_command_of_a_real_process(materials, tmp_path):
