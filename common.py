@@ -258,7 +258,8 @@ class Run:
         random.seed(args.seed), numpy.random.seed(args.seed), torch.manual_seed(args.seed)  # for reward functions
         self.stop_signal, self.bar, self.matrix_rate = None, None, None
         self.last_line, self.latest, self.said = 0.0, {}, set()
-        self.micro_batch_tokens, self.skipped_updates = args.micro_batch_tokens, 0
+        self.micro_batch_tokens = args.micro_batch_tokens
+        self.skipped_updates = self.skipped_in_a_row = 0  # in this step, and up to now
         self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
         self.catch_signals()
 
@@ -2328,11 +2329,11 @@ def clip_and_step(run, models: list[nn.Module], optimizer) -> Tensor:
     norms = [whole(torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm)) for model in models]
     if all(norm.isfinite() for norm in norms):
         optimizer.step()
-        run.skipped_updates = 0
+        run.skipped_in_a_row = 0
     else:
-        run.skipped_updates += 1
+        run.skipped_updates, run.skipped_in_a_row = run.skipped_updates + 1, run.skipped_in_a_row + 1
         run.warn("the gradient is not finite: this update is skipped")
-        if run.skipped_updates == 5:
+        if run.skipped_in_a_row == 5:
             raise UserError("5 gradients in a row were not finite: try a lower --learning-rate, or --dtype float32")
     return norms[0]
 
@@ -2413,6 +2414,7 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     tokens, seconds = run.sum(rollout.lengths.sum())[0], sum(run.seconds.values())
     metrics |= {f"perf/{phase}_seconds": value for phase, value in run.seconds.items()}
     metrics["perf/tokens_per_second"] = float(tokens) / seconds
+    metrics["losses/skipped_updates"], run.skipped_updates = run.skipped_updates, 0
     run.matrix_rate = run.matrix_rate or matrix_rate(run.device, run.compute_dtype)
     metrics["perf/mfu"] = run.args.update_epochs * update_flops(learners, rollout) / run.seconds["update"] / run.matrix_rate
     if run.device.type == "cuda":

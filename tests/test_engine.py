@@ -615,6 +615,7 @@ def test_update_is_skipped_where_the_gradient_is_not_finite(run, capsys):
         else:
             assert common.clip_and_step(run, [layer], optimizer).isnan()
     assert torch.equal(layer.weight, before) and "skipped" in capsys.readouterr().out
+    assert run.skipped_updates == 5  # what losses/skipped_updates shows
 
 
 def test_gradient_norm_is_clipped_and_reported_as_it_was(run):

@@ -68,7 +68,7 @@ def test_accuracy_rises_and_the_last_line_says_so(finished):
 def test_tensorboard_has_every_scalar_with_finite_values(events):
     every_step = """
         reward/mean reward/std reward/frac_zero_std reward/exact objective/kl objective/kl_seq objective/kl_coef
-        losses/policy_loss losses/approx_kl losses/clipfrac losses/entropy losses/grad_norm charts/learning_rate
+        losses/policy_loss losses/approx_kl losses/clipfrac losses/entropy losses/grad_norm losses/skipped_updates charts/learning_rate
         completions/mean_length completions/truncated_ratio
         perf/tokens_per_second perf/rollout_seconds perf/update_seconds perf/peak_memory_gb perf/mfu
     """.split()
