@@ -21,11 +21,21 @@ def llama():
     return helpers.make_model("llama")
 
 
+@pytest.fixture(params=["small", "large"])
+def size(request, monkeypatch):
+    """Runs a test twice, the second time on the paths that only larger inputs take on a CPU."""
+    if request.param == "large":
+        monkeypatch.setattr(common, "is_short", lambda query, key: False)
+        monkeypatch.setattr(common.PackedLayout, "SPLIT_FROM", 0)
+        monkeypatch.setattr(common.HeadLogprobs, "KEPT", 0)
+        monkeypatch.setattr(common, "PACK_FROM", 0)
+
+
 # ---------------------------------------------------------------- log-probs on the flat row
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_logprobs_are_those_of_transformers_eager_forward_token_by_token(family):
+def test_logprobs_are_those_of_transformers_eager_forward_token_by_token(family, size):
     """Ragged prompts, shared by ragged completions, against one unpadded forward in float64 for each sequence."""
     model = helpers.make_model(family)
     reference = helpers.eager_double(model)
@@ -39,7 +49,7 @@ def test_logprobs_are_those_of_transformers_eager_forward_token_by_token(family)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", *helpers.WINDOWED])
-def test_logprobs_do_not_depend_on_padding_company_or_sharing(family):
+def test_logprobs_do_not_depend_on_padding_company_or_sharing(family, size):
     model = helpers.make_model(family)
     rollout, prompts, completions = helpers.ragged_rollout()
     with torch.no_grad():
@@ -111,6 +121,19 @@ def test_a_batch_of_left_out_sequences_alone_gives_zeros_and_a_gradient_of_zero(
     llama.zero_grad()
 
 
+def test_completions_of_similar_length_attend_together(monkeypatch):
+    """Parts end where the length has halved; the longest completion comes first, empty inputs are in no part."""
+    monkeypatch.setattr(common.PackedLayout, "SPLIT_FROM", 0)
+    lengths = torch.tensor([3, 9, 1, 5, 10, 2])  # inputs: 2, 8, 0, 4, 9, 1
+    layout = common.PackedLayout(torch.tensor([4]), torch.zeros(6, dtype=torch.long), lengths, CPU)
+    assert [(part.C, len(part.group)) for part in layout.parts] == [(9, 2), (4, 1), (2, 1), (1, 1)]
+    assert [part.tokens for part in layout.parts] == [slice(4, 21), slice(21, 25), slice(25, 27), slice(27, 28)]
+    assert layout.input_row.unique_consecutive().tolist() == [4, 1, 3, 0, 5]
+    monkeypatch.undo()
+    (part,) = common.PackedLayout(torch.tensor([4]), torch.zeros(6, dtype=torch.long), lengths, CPU).parts
+    assert (part.C, len(part.group), part.tokens) == (9, 6, slice(4, 28))  # so few are not worth it
+
+
 def test_packed_layout_by_hand_with_a_length_of_zero():
     """Prompts a (2 tokens) and b (3); completions of a: 3 tokens and none, of b: 1 token."""
     layout = common.PackedLayout(torch.tensor([2, 3]), torch.tensor([0, 0, 1]), torch.tensor([3, 0, 1]), CPU)
@@ -132,8 +155,10 @@ def plain_logprobs(states, weight, bias, targets, scale):
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 0.37])
 @pytest.mark.parametrize("vocabulary, blocks", [(13, 1), (256, 2), (300, 3)])
-def test_head_gradients_are_those_of_plain_autograd(monkeypatch, with_entropy, has_bias, scale, vocabulary, blocks):
+@pytest.mark.parametrize("kept", [0, 2**23])
+def test_head_gradients_are_those_of_plain_autograd(monkeypatch, with_entropy, has_bias, scale, vocabulary, blocks, kept):
     monkeypatch.setattr(common.HeadLogprobs, "BLOCK", 1)  # a block still holds 128 columns
+    monkeypatch.setattr(common.HeadLogprobs, "KEPT", kept)
     states, weight, bias = torch.randn(10, 5), torch.randn(vocabulary, 5), torch.randn(vocabulary) if has_bias else None
     targets, incoming = torch.randint(0, vocabulary, (10,)), torch.randn(10)
     targets[0], targets[1] = 0, vocabulary - 1
@@ -172,7 +197,7 @@ def test_head_survives_extreme_logits():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_window", "mixtral", "phi"])
-def test_gradient_is_that_of_plain_autograd_whatever_the_micro_batches(family):
+def test_gradient_is_that_of_plain_autograd_whatever_the_micro_batches(family, size):
     """Weighted sum of log-probs through accumulate_gradients, against autograd over eager forwards in float64."""
     model = helpers.make_model(family)
     rollout, prompts, completions = helpers.ragged_rollout()
@@ -192,6 +217,19 @@ def test_gradient_is_that_of_plain_autograd_whatever_the_micro_batches(family):
         run = helpers.make_run(micro_batch_tokens=budget)
         common.accumulate_gradients(run, loss_of, rollout, optimizer)  # also forgets the gradients before it
         helpers.assert_same_gradients(helpers.gradients(model), want)
+
+
+@pytest.mark.parametrize("family, tables", [("llama", 0), ("qwen2", 1)])
+def test_tied_weights_get_one_table_of_gradients(family, tables):
+    """The lookup makes none of its own where the head has the same weight; what is in it, the tests above compare."""
+    model = helpers.make_model(family)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    rollout, _, _ = helpers.ragged_rollout()
+    loss = common.completion_logprobs(model, rollout, 1.0).sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss.backward()
+    made = [event for event in profile.events() if event.name == "aten::embedding_dense_backward"]
+    assert tied == (tables == 0) and len(made) == tables
 
 
 def test_values_of_the_critic_belong_to_the_token_they_come_before(llama):
@@ -273,7 +311,7 @@ def sample(model, prompts=PROMPTS, group_size=3, length=12, temperature=1.0, see
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_what_is_sampled_from_is_what_is_scored(family, temperature):
+def test_what_is_sampled_from_is_what_is_scored(family, temperature, size):
     """The sampler's log-probs (cache, rows that leave) are the trainer's (flat row), for ragged prompts and groups."""
     model = helpers.make_model(family)
     rollout = sample(model, temperature=temperature)
@@ -312,7 +350,7 @@ def test_rollout_of_a_sample_holds_the_prompts_left_padded(llama):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", *helpers.WINDOWED])
-def test_greedy_is_the_argmax_of_full_forwards_step_by_step(family):
+def test_greedy_is_the_argmax_of_full_forwards_step_by_step(family, size):
     model = helpers.make_model(family)
     rollout = sample(model, group_size=1, greedy=True)
     reference = helpers.eager_double(model)
@@ -346,13 +384,52 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_sampled_in(family):
     assert torch.equal(ungrouped.lengths[:12], together.lengths)
 
 
-def test_finished_rows_leave_the_batch(llama, monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # PlainForward, and the forward of transformers
+def test_finished_rows_leave_the_batch(family, monkeypatch):
     """No forward pass works on more rows than there are unfinished sequences."""
-    rows, forward = [], common.flat_forward
-    monkeypatch.setattr(common, "flat_forward", lambda model, tokens, *rest: rows.append(len(tokens)) or forward(model, tokens, *rest))
-    rollout = sample(llama)
+    rows, forward = [], common.PlainForward.__call__
+    monkeypatch.setattr(common.PlainForward, "__call__", lambda self, x, *rest: rows.append(len(x)) or forward(self, x, *rest))
+    flat_forward = common.flat_forward
+    monkeypatch.setattr(common, "flat_forward", lambda model, x, *rest: rows.append(len(x)) or flat_forward(model, x, *rest))
+    rollout = sample(helpers.make_model(family))
     unfinished = [int((rollout.lengths > t).sum()) for t in range(1, int(rollout.lengths.max()))]
     assert rows == [sum(map(len, PROMPTS)), *unfinished]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_plain_forward_reads_the_weights_of_the_model_itself(family):
+    """It stores nothing of its own, notices a weight that was replaced, and survives copying and saving."""
+    model = helpers.make_model(family)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    sampler = common.Sampler(model, ENDS, 1.0, 12)
+    assert isinstance(sampler.forward, common.PlainForward)
+    uniforms = torch.rand(12, 12, generator=torch.Generator().manual_seed(7))
+    sampler.sample(PROMPTS, 3, uniforms)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    attention = model.model.layers[1].self_attn
+    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+    for change in (lambda k: k.data.mul_(1.5), lambda k: setattr(k, "data", 2 * k.data)):  # in place, and another tensor
+        change(attention.k_proj.weight)
+        rollout = sampler.sample(PROMPTS, 3, uniforms)
+        with torch.no_grad():
+            scored = common.completion_logprobs(copy.deepcopy(model), rollout, 1.0)
+        torch.testing.assert_close(rollout.sampler_logprobs, scored, atol=1e-4, rtol=0)
+
+
+def test_a_changed_model_samples_through_transformers(llama):
+    class Adapter(torch.nn.Linear):
+        pass
+
+    def fits(change):
+        model = copy.deepcopy(llama)
+        change(model.model)
+        return common.PlainForward.fits(model)
+
+    assert fits(lambda backbone: None)
+    assert not fits(lambda backbone: setattr(backbone.layers[0].self_attn, "q_proj", Adapter(16, 16)))
+    assert not fits(lambda backbone: backbone.layers[1].register_forward_hook(lambda *_: None))
+    assert not fits(lambda backbone: backbone.norm.register_forward_pre_hook(lambda *_: None))
+    assert not common.PlainForward.fits(helpers.make_model("gemma")) and not common.PlainForward.fits(helpers.make_model("mixtral"))
 
 
 def test_tokens_are_drawn_by_inverting_the_cumulative_distribution(llama):
@@ -373,6 +450,7 @@ def force_gpu_path(sampler, monkeypatch):
     """The path of a GPU, on the CPU and without graphs: buckets of columns, rows by halves, tensors kept between calls."""
     sampler.is_cuda = True
     monkeypatch.setattr(sampler, "replay", sampler.step)
+    monkeypatch.setattr(common, "is_short", lambda query, key: False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_window"])
