@@ -178,6 +178,9 @@ def run_script(main, Args):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if store is not None:  # the thread that watches it may wake up while Python shuts down, which aborts the process
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -1007,7 +1010,11 @@ class PlainForward:
     MODULES = ("torch.nn.", "transformers.activations", *(f"transformers.models.{x}." for x in ("llama", "qwen2", "qwen3")))
 
     def __init__(self, model):
-        self.backbone = model.base_model
+        self.backbone, self.joint = model.base_model, []
+        for layer in self.backbone.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+            self.joint.append([side_by_side(linears, name) for linears in (qkv, gate_up) for name in ("weight", "bias")])
 
     @classmethod
     def fits(cls, model) -> bool:
@@ -1024,10 +1031,9 @@ class PlainForward:
         cos, sin = (table[0, :, None] for table in self.backbone.rotary_emb(x[None], positions[None]))  # (n, 1, D)
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        for layer in self.backbone.layers:
+        for layer, (qkv_weight, qkv_bias, gate_up_weight, gate_up_bias) in zip(self.backbone.layers, self.joint):
             attention, mlp, dim = layer.self_attn, layer.mlp, layer.self_attn.head_dim
-            h = rms_norm(x, layer.input_layernorm)
-            qkv = one_product(h, attention.q_proj, attention.k_proj, attention.v_proj).view(len(x), -1, dim)
+            qkv = F.linear(rms_norm(x, layer.input_layernorm), qkv_weight, qkv_bias).view(len(x), -1, dim)
             heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
             query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
             if hasattr(attention, "q_norm"):
@@ -1039,7 +1045,8 @@ class PlainForward:
             window = getattr(attention, "sliding_window", None)
             out = layout.attend(attention.layer_idx, query, key, value, attention.scaling, window)
             x = x + attention.o_proj(out.flatten(1))
-            gate, up = one_product(rms_norm(x, layer.post_attention_layernorm), mlp.gate_proj, mlp.up_proj).chunk(2, dim=-1)
+            gate_up = F.linear(rms_norm(x, layer.post_attention_layernorm), gate_up_weight, gate_up_bias)
+            gate, up = gate_up.chunk(2, dim=-1)
             x = x + mlp.down_proj(mlp.act_fn(gate) * up)
         return rms_norm(x, self.backbone.norm)
 
@@ -1048,26 +1055,19 @@ def rms_norm(x, norm):
     return F.rms_norm(x.to(norm.weight.dtype), norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def one_product(x, *linears):
-    """What linear layers make of the same input, side by side, in one matrix product."""
-    weight, bias = (side_by_side([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
-    return F.linear(x, weight, bias)
-
-
-def side_by_side(parameters):
-    """Parameters as one tensor. They become views of it, one after the other, so nothing is stored or copied twice."""
-    first = parameters[0]
-    if first is None:
+def side_by_side(linears, name):
+    """Their weights (or biases) as one tensor. They become views of it, one after the other, so nothing is stored twice."""
+    parameters = [getattr(linear, name) for linear in linears]
+    if parameters[0] is None:
         return None
-    storage = first.untyped_storage().data_ptr()
-    if any(
-        a.data_ptr() + a.nbytes != b.data_ptr() or b.untyped_storage().data_ptr() != storage
-        for a, b in itertools.pairwise(parameters)
-    ):
+    ends = [parameter.data_ptr() + parameter.nbytes for parameter in parameters]
+    storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    if len(storages) > 1 or ends[:-1] != [parameter.data_ptr() for parameter in parameters[1:]]:
         whole = torch.cat([parameter.data for parameter in parameters])
         for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters])):
             parameter.data = part
-    return first.detach().as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride())
+    first = parameters[0].detach()
+    return first.as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride())
 
 
 PACK_FROM = 2**24  # numbers; smaller weights stay in the cache
@@ -1124,8 +1124,6 @@ class Sampler:
         self.end_ids = torch.tensor(sorted(end_ids), device=self.device)
         self.compute_dtype, self.cache, self.graphs, self.pool, self.stream = compute_dtype, None, {}, None, None
         self.is_cuda = self.device.type == "cuda"
-        fits = PlainForward.fits(self.model)
-        self.forward = PlainForward(self.model) if fits else functools.partial(flat_forward, self.model)
 
     def refresh(self, policy):
         """Take over the policy's weights, where sampling needs them in another precision or not sharded."""
@@ -1145,6 +1143,8 @@ class Sampler:
         is_low = self.compute_dtype != torch.float32
         was_training = self.model.training
         self.packed_head = packed(self.model.get_output_embeddings().weight, B)
+        is_plain = PlainForward.fits(self.model)
+        self.forward = PlainForward(self.model) if is_plain else functools.partial(flat_forward, self.model)
         self.model.eval()  # in training gradient checkpointing reads the random state, which a graph cannot capture
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=is_low, cache_enabled=False):
             self.prefill(prompts, prompt_lengths, to_device(group, self.device), P, greedy)

@@ -402,9 +402,9 @@ def test_plain_forward_reads_the_weights_of_the_model_itself(family):
     model = helpers.make_model(family)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     sampler = common.Sampler(model, ENDS, 1.0, 12)
-    assert isinstance(sampler.forward, common.PlainForward)
     uniforms = torch.rand(12, 12, generator=torch.Generator().manual_seed(7))
     sampler.sample(PROMPTS, 3, uniforms)
+    assert isinstance(sampler.forward, common.PlainForward)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     attention = model.model.layers[1].self_attn
     assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
