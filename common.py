@@ -1208,15 +1208,16 @@ class Sampler:
     def choose(self, logits, greedy):
         """Choose and record a token for each live row from logits (live, V)."""
         live = slice(self.cache.live)
-        sequence, finished, t = self.sequence[live], self.finished[live], self.t.expand(self.cache.live)
+        sequence, finished = self.sequence[live], self.finished[live]
+        cell = sequence * self.C + self.t  # of the flattened (B, C) tables
         if greedy:
             tokens = logits.argmax(dim=-1)
             logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
         else:
-            tokens, logprobs = draw(logits, self.uniforms[sequence, t])
-        self.ids[sequence, t] = torch.where(finished, self.pad_id, tokens)
-        self.logprobs[sequence, t] = torch.where(finished, 0.0, logprobs)
-        self.lengths[sequence] += ~finished
+            tokens, logprobs = draw(logits, self.uniforms.view(-1).index_select(0, cell))
+        self.ids.view(-1).index_copy_(0, cell, torch.where(finished, self.pad_id, tokens))
+        self.logprobs.view(-1).index_copy_(0, cell, torch.where(finished, 0.0, logprobs))
+        self.lengths.index_add_(0, sequence, (~finished).long())
         self.tokens[live] = tokens
         finished |= (tokens[:, None] == self.end_ids).any(dim=-1)
         self.t += 1
