@@ -471,7 +471,8 @@ class Run:
             "first rollout": True,
             "no completion ends: the end token was never sampled; raise --max-new-tokens": cut == 1,
             "most completions are cut off at --max-new-tokens; raise it": 0.5 < cut < 1,
-            "all scores are equal, so nothing can be learned; look at --reward and the prompts": metrics["reward/std"] == 0,
+            "all scores are equal, so nothing is learned; if they are not the best, look at --reward and the prompts":
+                metrics["reward/std"] == 0,
             "most groups have equal scores; take easier or harder prompts, or a larger --group-size": (
                 equal > 0.8 and metrics["reward/std"] > 0
             ),
@@ -495,7 +496,7 @@ class Run:
             "completions/samples", "\n".join(["| prompt | completion | score |", "|---|---|---|", *lines]), step
         )
         if step == self.args.steps:
-            one_line = [
+            one_line = [("prompt", "completion", "score")] + [
                 (prompt[-30:].replace("\n", " "), text[:38].replace("\n", " "), score[:8]) for prompt, text, score in rows
             ]
             self.say("\n".join(f"{score:>8} {prompt:>30} {text}" for prompt, text, score in one_line))
@@ -1521,7 +1522,7 @@ def addition_rows(split):
     return sets[split]
 
 
-def warm_start(model, tokenizer, run, target=0.27, batch_size=64, max_steps=1000):
+def warm_start(model, tokenizer, run, target=0.22, batch_size=64, max_steps=1000):
     """Supervised steps on the tiny model until its greedy accuracy on training prompts reaches `target`.
 
     Makes it partly competent, as a pretrained model is: this is the reference policy, and all that follows learns from
@@ -1536,7 +1537,7 @@ def warm_start(model, tokenizer, run, target=0.27, batch_size=64, max_steps=1000
     sampler = Sampler(model, {tokenizer.eos_token_id}, 1.0, 5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     for step in range(max_steps):
-        if step % 5 == 0 and step >= 50:
+        if step % 2 == 0 and step >= 50:
             texts = tokenizer.batch_decode(sampler.sample(probe_prompts, 1, None).completion_ids, skip_special_tokens=True)
             accuracy = sum(text == row["answer"] for text, row in zip(texts, probe)) / len(probe)
             if accuracy >= target:

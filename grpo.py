@@ -46,7 +46,7 @@ class Args:
     reward_model: str | None = flag(help="a sequence-classification model, added to the rewards")
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
     # Sampling
-    steps: int = flag(tiny=180, real=500, help="rollouts", at_least=1)
+    steps: int = flag(tiny=300, real=500, help="rollouts", at_least=1)
     prompts_per_step: int = flag(32, "N, over all processes", at_least=1)
     group_size: int = flag(8, "G, completions of each prompt", at_least=2)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)

@@ -45,7 +45,7 @@ class Args:
     reward_model: str | None = flag(help="a sequence-classification model, added to the rewards")
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
     # Sampling
-    steps: int = flag(tiny=160, real=500, help="rollouts", at_least=1)
+    steps: int = flag(tiny=220, real=500, help="rollouts", at_least=1)
     prompts_per_step: int = flag(256, "N, over all processes", at_least=1)
     samples_per_prompt: int = flag(1, "G, completions of each prompt", at_least=1)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)

@@ -3,7 +3,7 @@
     pip install -r requirements.txt trl==1.16.0 matplotlib
     python tests/parity_trl.py             # ten runs, one after the other, about half an hour on one core
 
-Both sample 180 times 8 completions of 32 prompts of the built-in task and make 2 epochs of 2 minibatches on them, with
+Both sample 300 times 8 completions of 32 prompts of the built-in task and make 2 epochs of 2 minibatches on them, with
 the loss, clip, KL coefficient, optimiser and schedule of grpo.py's defaults; TRL in float32 without checkpointing, a
 minibatch in one piece. The policy is evaluated as grpo.py does it, every 10 rollouts, on the clock of neither. Prints
 held-out accuracy and the seconds of training, without set-up and evaluation; writes .github/parity_trl.png and .json.

@@ -32,6 +32,21 @@ def test_there_are_links_to_both_scripts_and_the_helpers():
     assert {file for _, file, _ in LINK.findall(README)} == {"grpo.py", "ppo.py", "common.py"}
 
 
+def logged_names():
+    """The scalars and texts that the sources log; <...> stands for what they fill in."""
+    sources = "".join((ROOT / file).read_text() for file in ("grpo.py", "ppo.py", "common.py"))
+    names = re.findall(r'"((?:reward|objective|losses|charts|completions|eval|perf)/[^" ]+)"', sources)
+    return sorted({re.sub(r"{.*}", "<>", name) for name in names})
+
+
+@pytest.mark.parametrize("name", logged_names())
+def test_everything_logged_is_explained(name):
+    table = README.split("## What is logged")[1].split("\n## ")[0]
+    explained = re.findall(r"`([\w/@<>*]+)`", "\n".join(row.split("|")[1] for row in re.findall(r"^\|.*", table, re.MULTILINE)))
+    same = {"perf/<>_seconds": "perf/*_seconds", "eval/pass@<>": "eval/pass@k"}.get(name, name)
+    assert same in [re.sub(r"<.*>", "<>", name) for name in explained]
+
+
 def worked_examples():
     return re.findall(r"```diff\n--- (\w+\.py)\n(.*?)```", README, re.DOTALL)
 
