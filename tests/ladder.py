@@ -5,7 +5,7 @@
     python tests/ladder.py --quick             # a few steps, to see that everything works
     python tests/ladder.py --report            # table and figure of what is there
 
-Every run starts from the same warm-started model (of its seed) and samples 150 x 256 completions at one learning rate,
+Every run starts from the same warm-started model (of its seed) and samples 200 x 256 completions at one learning rate,
 with 2 epochs of 2 minibatches unless it says otherwise. The rungs:
 
     1-score    ppo.py --baseline none --clip-low inf --clip-high inf --kl-coef 0
@@ -41,7 +41,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".github/ladder.json"
 
-STEPS, PROMPTS, SAMPLES = 150, 32, 8
+STEPS, PROMPTS, SAMPLES = 200, 32, 8
 SHARED = f"--steps {STEPS} --warmup-steps 30 --learning-rate 0.0015 --num-minibatches 2"
 PPO = f"ppo.py {SHARED} --prompts-per-step {PROMPTS * SAMPLES} --samples-per-prompt 1"
 PPO += " --gae-lambda 1 --critic-learning-rate 0.001 --no-whiten-advantages --value-clip 0.2"
