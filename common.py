@@ -86,6 +86,11 @@ def flag(default=None, help="", *, tiny=None, real=None, at_least=None, above=No
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if "(default: " in (action.help or "") else super()._get_help_string(action)
+
+
 class OneLineParser(HfArgumentParser):
     def error(self, message):
         raise UserError(message)
@@ -109,7 +114,10 @@ def parse_args(Args, argv=None):
         field = dataclasses.field(default=f.default, default_factory=f.default_factory, metadata=argument)
         plain.append((f.name, hints[f.name], field))
     parser = OneLineParser(
-        dataclasses.make_dataclass("Arguments", plain), prog=Path(inspect.getfile(Args)).name, allow_abbrev=False
+        dataclasses.make_dataclass("Arguments", plain),
+        prog=Path(inspect.getfile(Args)).name,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     for f in dataclasses.fields(Args):  # HfArgumentParser gives --no-… only to flags whose default is True
         if bool in (hints[f.name], *typing.get_args(hints[f.name])) and f.default is not True:
@@ -437,6 +445,11 @@ class Run:
     def warn(self, text):
         self.say(f"warning: {text}")
 
+    def warn_once(self, text):
+        if text not in self.said:
+            self.said.add(text)
+            self.warn(text)
+
     def log(self, step, metrics):
         """Scalars to TensorBoard, and a line (or the bar's postfix) with what matters most."""
         if self.rank > 0:
@@ -465,10 +478,10 @@ class Run:
             return
         cut, equal = metrics["completions/truncated_ratio"], metrics.get("reward/frac_zero_std", 0.0)
         if "first rollout" not in self.said:
+            self.said.add("first rollout")
             groups = f", {equal:.0%} of groups with equal scores" if "reward/frac_zero_std" in metrics else ""
             self.say(f"first rollout: mean score {metrics['reward/mean']:.3g}, {cut:.0%} cut off{groups}")
         advice = {
-            "first rollout": True,
             "no completion ends: the end token was never sampled; raise --max-new-tokens": cut == 1,
             "most completions are cut off at --max-new-tokens; raise it": 0.5 < cut < 1,
             "all scores are equal, so nothing is learned; if they are not the best, look at --reward and the prompts":
@@ -480,10 +493,8 @@ class Run:
                 metrics.get("objective/kl_seq", 0.0) > metrics["completions/mean_length"],
         }  # fmt: skip
         for text, holds in advice.items():
-            if holds and text not in self.said:
-                self.said.add(text)
-                if text != "first rollout":
-                    self.warn(text)
+            if holds:
+                self.warn_once(text)
 
     def log_samples(self, step, prompts, completions, scores):
         """A table of the first completions with their scores, after the last step also in the terminal."""
@@ -2491,7 +2502,7 @@ def with_less_memory(run, function):
         run.warn(f"out of GPU memory: going on with --micro-batch-tokens {run.micro_batch_tokens}")
 
 
-def learning_rate(args, step: int) -> float:
+def learning_rate_share(args, step: int) -> float:
     """Share of the peak learning rate: linear warm-up over --warmup-steps, then linear decay towards 0."""
     warmup = min(step / (args.warmup_steps + 1), 1.0)
     return warmup * min((args.steps + 1 - step) / max(args.steps - args.warmup_steps, 1), 1.0)
@@ -2582,9 +2593,9 @@ def matrix_rate(device, dtype) -> float:
 def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners: list[nn.Module]) -> dict[str, float]:
     """What both scripts log of a step, with what the script itself has put into `means`."""
     run.phase(None)
-    valid = ~scores.total.isnan()
-    means.add("reward/mean", scores.total.nan_to_num(0), valid)
-    means.add("reward_square", scores.total.nan_to_num(0).square(), valid)
+    total, valid = rollout.scores.nan_to_num(0), ~rollout.scores.isnan()
+    means.add("reward/mean", total, valid)
+    means.add("reward_square", total.square(), valid)
     for name, values in scores.by_function.items():
         means.add(f"reward/{name}", values.nan_to_num(0), ~values.isnan())
     means.add("completions/mean_length", rollout.lengths, rollout.lengths > 0)

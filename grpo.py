@@ -12,11 +12,13 @@ Papers: GRPO arXiv:2402.03300 (DeepSeekMath); Dr. GRPO arXiv:2503.20783; DAPO ar
 CISPO arXiv:2506.13585; KL estimators: Schulman, "Approximating KL divergence" (2020).
 
 Where this differs from the papers:
- 1. Standard deviations are sample ones (divided by G - 1), as in DeepSeek's successors, and have 1e-4 added.
+ 1. Standard deviations are sample ones (divided by G - 1), as in TRL and verl, and have 1e-4 added.
  2. With one update a rollout the old policy is the current one: no pass is made for its log-probs.
- 3. The learning rate decays linearly to 0.
+ 3. --kl-coef is 0.001 (DeepSeekMath: 0.04), also with the losses whose papers drop the KL (Dr. GRPO, DAPO): 0 does.
+ 4. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
+ 5. The learning rate decays linearly to 0.
 
-Letters: N prompts a step, G completions a prompt, B = N G sequences, P prompt tokens, C completion tokens.
+Letters: N prompts a step, G completions a prompt, B = N G sequences (b of them in a micro-batch), C completion tokens.
 Column t of every (B, C) tensor is completion token t.
 """
 
@@ -64,10 +66,10 @@ class Args:
     clip_high: float | None = flag(
         help="ratios count up to 1 + this; inf: no clip (default: as the paper of --loss)", at_least=0
     )
-    kl_coef: float = flag(
-        tiny=0.001, real=0.001, help="beta, weight of the KL to the reference; 0: no reference model", at_least=0
+    kl_coef: float = flag(0.001, "beta, weight of the KL to the reference; 0: no reference model", at_least=0)
+    kl_estimator: str = flag(
+        "k3", "of the KL to the reference; k1's gradient is 0 on average, k2's is the KL's", choices=["k1", "k2", "k3"]
     )
-    kl_estimator: str = flag("k3", "of the KL to the reference", choices=["k1", "k2", "k3"])
     ref_refresh: int = flag(0, "steps after which the reference becomes the current policy; 0: never", at_least=0)
     tis_cap: float = flag(2.0, "bound of the weights that correct for a sampler in lower precision; 0: none", at_least=0)
     dynamic_sampling: bool = flag(False, "sample other prompts in place of those whose answers all score the same")
@@ -99,7 +101,7 @@ class Args:
     log_samples: int = flag(4, "completions in the table of samples", at_least=0)
 
 
-LOSS_DEFAULTS = {  # from the paper of each: clip_low, clip_high, scale_rewards
+LOSS_DEFAULTS = {  # clip_low, clip_high, scale_rewards: from the paper of each; 0.2 where it names no number
     "grpo": (0.2, 0.2, True),
     "dr_grpo": (0.2, 0.2, False),
     "dapo": (0.2, 0.28, True),
@@ -119,7 +121,7 @@ def group_advantages(
     """How much better each completion is than the other answers to its prompt: scores (B,) -> advantages (B, 1).
 
     group: A_i = (r_i - mean(r)) / (std(r) + 1e-4) within the group, section 4.1.2 of arXiv:2402.03300; without `scale`
-    only r_i - mean(r), arXiv:2503.20783. batch: the same with the standard deviation of all scores, `batch_std`.
+    only r_i - mean(r), arXiv:2503.20783. batch: the same with the deviation of all scores, `batch_std`, arXiv:2508.08221.
     rloo: r_i minus the mean of the others, arXiv:2402.14740. A completion without a score (NaN) is left out and gets 0.
     """
     groups = scores.view(-1, group_size)  # (N, G)
@@ -128,7 +130,7 @@ def group_advantages(
     mean = groups.nansum(dim=1, keepdim=True) / count.clamp(min=1)
     advantages = torch.where(valid, groups - mean, 0.0)
     if kind == "rloo":
-        advantages = advantages * count / (count - 1).clamp(min=1)
+        advantages = advantages * count / (count - 1).clamp(min=1)  # = r_i - mean of the others
     elif scale:
         group_std = (advantages.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
         advantages = advantages / ((batch_std if kind == "batch" else group_std) + 1e-4)
@@ -166,12 +168,16 @@ def cispo_loss(ratio: Tensor, advantages: Tensor, logprobs: Tensor, clip_high: f
 
 
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """min(pi_old / pi_sampler, cap) where the sampler computes in lower precision than the trainer: (B, C), no gradient."""
+    """min(pi_old / pi_sampler, cap) where the sampler computes in lower precision than the trainer: (B, C), no gradient.
+
+    Truncated importance sampling: what was drawn from pi_sampler counts as if pi_old had drawn it.
+    """
     return (old_logprobs - sampler_logprobs).clamp(-20, 20).exp().clamp(max=cap).detach()
 
 
 def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """Estimate of KL(pi || other) at tokens sampled from pi, (B, C). k1 is unbiased, k3 also never negative and calmer."""
+    """Estimate of KL(pi || other) at tokens sampled from pi, (B, C): k1 = log pi - log other, k2 = k1^2 / 2,
+    k3 = exp(-k1) + k1 - 1. k1 and k3 are unbiased; k3 is never negative and varies less while the policies are near."""
     k1 = (logprobs - other_logprobs).clamp(-20, 20)
     if estimator == "k1":
         return k1
@@ -179,12 +185,12 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k3")
 
 
 def token_weights(loss: str, mask: Tensor, sequences: float, tokens: float, max_new_tokens: int) -> Tensor:
-    """The weight (B, C) of each token's loss in the sum that is the loss of an optimiser step.
+    """The weight (B, C) of each token's loss in the sum that is the loss of an optimiser step, eq. 3 of arXiv:2402.03300.
 
     `sequences` and `tokens` count all valid ones of the step, in every micro-batch and process, so that how they are
     split changes nothing.
     """
-    if loss == "dr_grpo":  # divided by a constant, section 3.1 of arXiv:2503.20783
+    if loss == "dr_grpo":  # divided by a constant, section 3.2 of arXiv:2503.20783
         return mask / (max(sequences, 1) * max_new_tokens)
     if loss in ("dapo", "cispo"):  # every token counts the same, eq. 8 of arXiv:2503.14476
         return mask / max(tokens, 1)
@@ -199,8 +205,8 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
 def process_advantages(step_rewards: Tensor, group_size: int) -> Tensor:
     """Process supervision, section 4.1.3 of arXiv:2402.03300: step_rewards (B, C), 0 where no step ends -> (B, C).
 
-    The step rewards of a group are compared with each other as scores are; a token's advantage is the sum of those of the
-    steps that end at it or after it.
+    So a wrong step needs a reward other than 0, -1 say. The step rewards of a group are compared with each other as
+    scores are; a token's advantage is the sum of those of the steps that end at it or after it.
     """
     steps = step_rewards.masked_fill(step_rewards == 0, math.nan).flatten()  # (B C,)
     normalised = group_advantages(steps, group_size * step_rewards.shape[1]).view_as(step_rewards)
@@ -212,36 +218,17 @@ def process_advantages(step_rewards: Tensor, group_size: int) -> Tensor:
 # =============================================================================
 
 
-def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores):
-    """DAPO's dynamic sampling, section 3.2 of arXiv:2503.14476: other prompts for groups whose scores are all equal.
-
-    Bounded by --max-resamples. Replaces them in `rollout`, `step_prompts`, `texts` and `scores`; returns how many.
-    """
-    args, G, replaced = run.args, run.args.group_size, 0
-    for attempt in range(1, args.max_resamples + 1):
-        groups = has_equal_scores(scores.total, G).nonzero()[:, 0]
-        most = int(run.max(len(groups)))  # all processes take the same number of prompts from the stream
-        if most == 0:
-            break
-        others = run.share(prompts.next(most * run.world))[: len(groups)]
-        uniforms = run.share(run.uniforms(step, 6 + attempt, most * run.world * G, args.max_new_tokens))
-        if len(groups) == 0:
-            continue
-        rows = (groups[:, None] * G + torch.arange(G)).flatten()
-        new = sampler.sample([prompt.ids for prompt in others], G, uniforms[: len(rows)])
-        new_prompts, (new_texts, new_ids) = [prompt for prompt in others for _ in range(G)], common.decode(tokenizer, new)
-        rollout.replace(rows, new)
-        scores.replace(rows.tolist(), common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout))
-        for row, prompt, text in zip(rows.tolist(), new_prompts, new_texts):
-            step_prompts[row], texts[row] = prompt, text
-        replaced += len(groups)
-    return replaced
-
-
 def main(args: Args) -> int:
-    defaults = zip(("clip_low", "clip_high", "scale_rewards"), LOSS_DEFAULTS[args.loss])
-    defaults = {name: value for name, value in defaults if getattr(args, name) is None}
+    defaults = dict(zip(("clip_low", "clip_high", "scale_rewards"), LOSS_DEFAULTS[args.loss]))
+    defaults["scale_rewards"] &= args.advantage != "rloo"
+    defaults = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     vars(args).update(defaults)
+    if args.advantage == "rloo" and args.scale_rewards:
+        raise common.UserError("--scale-rewards: --advantage rloo divides by no spread")
+    if args.advantage == "batch" and not args.scale_rewards:
+        raise common.UserError("--advantage batch is about the spread to divide by: add --scale-rewards")
+    if args.loss == "cispo" and args.clip_low < math.inf:
+        raise common.UserError("--clip-low: --loss cispo bounds the ratio from above only")
 
     # ---- Set-up: what can be wrong without a model is found before one loads ----
     run = common.Run(args, "grpo")
@@ -275,13 +262,15 @@ def main(args: Args) -> int:
 
         # ---- Rollout: G completions of each of N prompts ----
         run.phase("rollout")
-        sampler.refresh(policy)
+        sampler.refresh(policy)  # on GPUs the sampler has a copy of its own in bfloat16
         step_prompts = [prompt for prompt in run.share(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
+        # One number a token (B, C), drawn by seed, step and sequence: neither batches nor processes change what is sampled.
         uniforms = run.share(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
+        # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
         texts, token_ids = common.decode(tokenizer, rollout)
 
-        # ---- Reward: the only thing that the policy learns from ----
+        # ---- Score: the only thing that the policy learns from ----
         run.phase("reward")
         scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
         if args.dynamic_sampling:
@@ -292,67 +281,68 @@ def main(args: Args) -> int:
         if args.overlong_buffer:
             penalty = overlong_penalty(rollout.lengths, args.max_new_tokens, args.overlong_buffer)
             rollout.scores = rollout.scores + penalty.to(run.device)
-        rollout.leave_out(scores.total.isnan())
-
-        # ---- Advantage: better or worse than the rest of the group ----
-        if scores.dense is None:
-            batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
-            rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
-        else:
-            # Process supervision: --advantage, --no-scale-rewards and --overlong-buffer do not act on it.
-            rollout.advantages = process_advantages(common.dense_table(scores.dense, rollout), G)  # (B, C)
+        rollout.leave_out(scores.total.isnan())  # no reward function applies to these: they count nowhere
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
         run.phase("reference")
         if reference is not None:
             rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
+        # ---- Advantage: better or worse than the rest of the group ----
+        if scores.dense is None:
+            batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
+            rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
+        else:
+            run.warn_once("process supervision: --advantage, --scale-rewards and --overlong-buffer do not act on lists of rewards")
+            rollout.advantages = process_advantages(common.dense_table(scores.dense, rollout), G)  # (B, C)
+
         # ---- Update: several epochs of minibatches, each one optimiser step ----
         run.phase("update")
         if args.update_epochs * args.num_minibatches > 1:  # else the policy is still the one that sampled
             rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
-        lr = common.learning_rate(args, step)
-        common.set_learning_rate(optimizer, lr)
+        lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
+        common.set_learning_rate(optimizer, lr_share)
         for epoch in range(args.update_epochs):
             for groups in run.minibatches(step * args.update_epochs + epoch):  # a group stays together: its prompt runs once
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
+                # Counted before the minibatch is split, so that splitting it changes no gradient.
                 sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
 
-                def loss_of(batch: common.Rollout) -> Tensor:
+                def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch
                     mask = batch.completion_mask  # (b, C)
                     logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
-                    old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-                    ratio = policy_ratio(logprobs, old_logprobs, mask, per_sequence=args.loss == "gspo")
+                    old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs  # (b, C)
+                    ratio = policy_ratio(logprobs, old_logprobs, mask, per_sequence=args.loss == "gspo")  # (b, C) or (b, 1)
                     if args.loss == "cispo":
                         loss = cispo_loss(ratio, batch.advantages, logprobs, args.clip_high)
                         clipped = ratio > 1 + args.clip_high
                     else:
                         loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
                         clipped = is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high)
-                    if args.tis_cap and not sampler.is_exact:
+                    if args.tis_cap and not sampler.is_exact:  # is_exact: it samples in float32
                         loss = loss * importance_weights(old_logprobs, batch.sampler_logprobs, args.tis_cap)
                     means.add("losses/policy_loss", loss, mask)
+                    means.add("losses/entropy", entropy, mask)
+                    means.add("losses/approx_kl", kl_estimate(old_logprobs, logprobs, "k3"), mask)
+                    means.add("losses/clipfrac", clipped, mask)
                     if reference is not None:
                         loss = loss + args.kl_coef * kl_estimate(logprobs, batch.ref_logprobs, args.kl_estimator)
-                    means.add("losses/entropy", entropy, mask)
-                    means.add("losses/approx_kl", kl_estimate(old_logprobs, logprobs), mask)
-                    means.add("losses/clipfrac", clipped, mask)
                     return (loss * token_weights(args.loss, mask, sequences, tokens, args.max_new_tokens)).sum()
 
                 common.accumulate_gradients(run, loss_of, minibatch, optimizer, means)
                 means.add("losses/grad_norm", common.clip_and_step(run, [policy], optimizer))
 
         # ---- Log, evaluate, save ----
-        mask = rollout.completion_mask
-        means.add("reward/frac_zero_std", has_equal_scores(scores.total, G))
+        mask = rollout.completion_mask  # (B, C)
+        means.add("reward/frac_zero_std", has_equal_scores(rollout.scores, G))
         if reference is not None:
-            means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs), mask)
+            means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
             k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
             means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
             if args.ref_refresh and step % args.ref_refresh == 0:
                 common.copy_weights(policy, reference)  # iterative GRPO, algorithm 1 of arXiv:2402.03300
         metrics = common.step_metrics(run, rollout, scores, means, [policy])
-        metrics |= {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr * args.learning_rate}
+        metrics |= {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr_share * args.learning_rate}
         if args.dynamic_sampling:
             metrics["reward/resampled_groups"] = run.sum(resampled)[0]
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
@@ -369,6 +359,37 @@ def main(args: Args) -> int:
 
     common.save_final(run, policy, tokenizer)
     return run.say_done(state)
+
+
+# =============================================================================
+# Dynamic sampling
+# =============================================================================
+
+
+def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores):
+    """DAPO's dynamic sampling, section 3.2 of arXiv:2503.14476: other prompts for groups whose scores are all equal.
+
+    Bounded by --max-resamples. Replaces them in `rollout`, `step_prompts`, `texts` and `scores`; returns how many.
+    """
+    args, G, replaced = run.args, run.args.group_size, 0
+    for attempt in range(1, args.max_resamples + 1):
+        groups = has_equal_scores(scores.total, G).nonzero()[:, 0]
+        most = int(run.max(len(groups)))  # all processes take the same number of prompts from the stream
+        if most == 0:
+            break
+        others = run.share(prompts.next(most * run.world))[: len(groups)]
+        uniforms = run.share(run.uniforms(step, 6 + attempt, most * run.world * G, args.max_new_tokens))
+        if len(groups) == 0:
+            continue
+        rows = (groups[:, None] * G + torch.arange(G)).flatten()
+        new = sampler.sample([prompt.ids for prompt in others], G, uniforms[: len(rows)])
+        new_prompts, (new_texts, new_ids) = [prompt for prompt in others for _ in range(G)], common.decode(tokenizer, new)
+        rollout.replace(rows, new)
+        scores.replace(rows.tolist(), common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout))
+        for row, prompt, text in zip(rows.tolist(), new_prompts, new_texts):
+            step_prompts[row], texts[row] = prompt, text
+        replaced += len(groups)
+    return replaced
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ subtracted from the reward token by token, keeps the policy near the frozen refe
 
     python ppo.py                                                                   # tiny model, about a minute, no GPU
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k
-    python ppo.py --baseline none --clip-low inf --clip-high inf --kl-coef 0        # the bare score: REINFORCE
+    python ppo.py --baseline none --clip-low inf --clip-high inf --kl-coef 0        # the bare score
 
 Papers: PPO arXiv:1707.06347; GAE arXiv:1506.02438; PPO for language models arXiv:1909.08593 and arXiv:2203.02155.
 
@@ -14,9 +14,10 @@ Where this differs from the papers:
  1. The score sits on the last valid token: the end token, or the last one of a completion that was cut off. A cut-off
     completion is scored like any other; --truncation-penalty lowers its score.
  2. The critic is a separate model with a scalar head that starts at 0; both models share one learning-rate schedule.
- 3. The learning rates decay linearly to 0.
+ 3. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
+ 4. The learning rates decay linearly to 0.
 
-Letters: N prompts a step, G completions a prompt, B = N G sequences, P prompt tokens, C completion tokens.
+Letters: N prompts a step, G completions a prompt, B = N G sequences (b of them in a micro-batch), C completion tokens.
 Column t of every (B, C) tensor is completion token t.
 """
 
@@ -68,6 +69,7 @@ class Args:
     kl_estimator: str = flag("k1", "of the KL in the reward", choices=["k1", "k2", "k3"])
     kl_target: float | None = flag(help="adapt --kl-coef so that the KL of a sequence stays near this", above=0)
     kl_horizon: float = flag(10000, "completions over which --kl-coef adapts", above=0)
+    tis_cap: float = flag(2.0, "bound of the weights that correct for a sampler in lower precision; 0: none", at_least=0)
     truncation_penalty: float = flag(0.0, "subtracted from the score of a completion without an end token", at_least=0)
     critic_model: str | None = flag(help="what the critic starts from, its head aside (default: the policy)")
     update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
@@ -137,14 +139,23 @@ def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
+def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(pi_old / pi_sampler, cap) where the sampler computes in lower precision than the trainer: (B, C), no gradient.
+
+    Truncated importance sampling: what was drawn from pi_sampler counts as if pi_old had drawn it.
+    """
+    return (old_logprobs - sampler_logprobs).clamp(-20, 20).exp().clamp(max=cap).detach()
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float) -> Tensor:
-    """0.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), of each token: (B, C)."""
+    """0.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), of each token: (B, C). From OpenAI's baselines."""
     clipped = torch.clamp(values, old_values - value_clip, old_values + value_clip)
     return 0.5 * torch.max((values - returns).square(), (clipped - returns).square())
 
 
 def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k1") -> Tensor:
-    """Estimate of KL(pi || other) at tokens sampled from pi, (B, C). k1 is unbiased, k3 also never negative and calmer."""
+    """Estimate of KL(pi || other) at tokens sampled from pi, (B, C): k1 = log pi - log other, k2 = k1^2 / 2,
+    k3 = exp(-k1) + k1 - 1. k1 and k3 are unbiased; k3 is never negative and varies less while the policies are near."""
     k1 = (logprobs - other_logprobs).clamp(-20, 20)
     if estimator == "k1":
         return k1
@@ -152,7 +163,10 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k1")
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizon: float) -> float:
-    """Proportional control of beta, section 2.2 of arXiv:1909.08593: up where the sequences' KL is above the target."""
+    """Proportional control of beta, section 2.2 of arXiv:1909.08593: up where the sequences' KL is above the target.
+
+    `batch` completions were sampled with it; the paper's gain, 0.1 a step, is batch / horizon in the code of its authors.
+    """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * batch / horizon)
 
@@ -182,8 +196,8 @@ def main(args: Args) -> int:
     common.shard(run, policy)  # between the processes; nothing to do for one
     learners = {"policy": policy} | ({"critic": critic} if critic else {})
     learning_rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
-    groups = [{"params": list(model.parameters()), "lr": learning_rates[name]} for name, model in learners.items()]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    parameters = [{"params": list(model.parameters()), "lr": learning_rates[name]} for name, model in learners.items()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     models = learners | ({"reference": reference} if reference else {})
     state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0, "kl_coef": args.kl_coef}
     common.check_model(run, policy, sampler, tokenizer)
@@ -200,9 +214,11 @@ def main(args: Args) -> int:
 
         # ---- Rollout: G completions of each of N prompts ----
         run.phase("rollout")
-        sampler.refresh(policy)
+        sampler.refresh(policy)  # on GPUs the sampler has a copy of its own in bfloat16
         step_prompts = [prompt for prompt in run.share(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
+        # One number a token (B, C), drawn by seed, step and sequence: neither batches nor processes change what is sampled.
         uniforms = run.share(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
+        # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
         texts, token_ids = common.decode(tokenizer, rollout)
 
@@ -210,7 +226,7 @@ def main(args: Args) -> int:
         run.phase("reward")
         scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
         rollout.scores = scores.total.to(run.device)  # (B,)
-        rollout.leave_out(scores.total.isnan())
+        rollout.leave_out(scores.total.isnan())  # no reward function applies to these: they count nowhere
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
         run.phase("reference")
@@ -239,24 +255,28 @@ def main(args: Args) -> int:
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
         run.phase("update")
-        lr = common.learning_rate(args, step)
-        common.set_learning_rate(optimizer, lr)
+        lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
+        common.set_learning_rate(optimizer, lr_share)
         for epoch in range(args.update_epochs):
             for groups in run.minibatches(step * args.update_epochs + epoch):  # a group stays together: its prompt runs once
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
+                # Counted before the minibatch is split, so that splitting it changes no gradient.
                 tokens = run.sum(minibatch.lengths.sum())[0]
 
-                def loss_of(batch: common.Rollout) -> Tensor:
+                def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch
                     mask = batch.completion_mask  # (b, C)
                     logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
-                    ratio = policy_ratio(logprobs, batch.old_logprobs)
+                    ratio = policy_ratio(logprobs, batch.old_logprobs)  # (b, C)
                     loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
+                    clipped = is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high)
+                    if args.tis_cap and not sampler.is_exact:  # is_exact: it samples in float32
+                        loss = loss * importance_weights(batch.old_logprobs, batch.sampler_logprobs, args.tis_cap)
                     means.add("losses/policy_loss", loss, mask)
                     means.add("losses/entropy", entropy, mask)
                     means.add("losses/approx_kl", kl_estimate(batch.old_logprobs, logprobs, "k3"), mask)
-                    means.add("losses/clipfrac", is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high), mask)
+                    means.add("losses/clipfrac", clipped, mask)
                     if critic is not None:
-                        values = common.completion_values(critic, batch)
+                        values = common.completion_values(critic, batch)  # (b, C)
                         v_loss = value_loss(values, batch.values, batch.returns, args.value_clip)
                         means.add("losses/value_loss", v_loss, mask)
                         means.add("losses/vf_clipfrac", (values - batch.values).abs() > args.value_clip, mask)
@@ -271,12 +291,12 @@ def main(args: Args) -> int:
             residual = common.mean_and_variance(run, rollout.returns - rollout.values, mask)[1]
             means.add("losses/explained_variance", 1 - residual / common.mean_and_variance(run, rollout.returns, mask)[1])
         if reference is not None:
-            means.add("objective/kl", kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, "k3"), mask)
-            k1 = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, "k1")
+            means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
+            k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
             means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
-        means.add("objective/rlhf_reward", token_rewards.sum(dim=1))
+        means.add("objective/rlhf_reward", token_rewards.sum(dim=1), mask.any(dim=1))
         metrics = common.step_metrics(run, rollout, scores, means, list(learners.values()))
-        metrics |= {"objective/kl_coef": state["kl_coef"], "charts/learning_rate": lr * args.learning_rate}
+        metrics |= {"objective/kl_coef": state["kl_coef"], "charts/learning_rate": lr_share * args.learning_rate}
         if args.kl_target is not None and reference is not None:
             kl_seq, B = metrics["objective/kl_seq"], args.prompts_per_step * G
             state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_seq, args.kl_target, B, args.kl_horizon)

@@ -664,7 +664,7 @@ def test_pass_at_k():
 @pytest.mark.parametrize("steps, warmup", [(10, 3), (10, 0), (1, 0), (5, 5), (4, 20)])
 def test_learning_rate_rises_linearly_then_falls_linearly_and_is_never_zero(steps, warmup):
     args = types.SimpleNamespace(steps=steps, warmup_steps=warmup)
-    shares = [common.learning_rate(args, step) for step in range(1, steps + 1)]
+    shares = [common.learning_rate_share(args, step) for step in range(1, steps + 1)]
     assert all(0 < share <= 1 for share in shares)
     for step, share in enumerate(shares, start=1):
         if step <= warmup:

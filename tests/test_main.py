@@ -95,7 +95,7 @@ def test_scalars_have_the_values_that_their_names_promise(events, finished):
         assert std == pytest.approx((mean * (1 - mean)) ** 0.5, abs=1e-4)
     peak = grpo.Args.__dataclass_fields__["learning_rate"].metadata["by_model"][0]
     schedule = type("Args", (), {"steps": STEPS, "warmup_steps": 5})
-    want = [peak * common.learning_rate(schedule, step) for step in range(1, STEPS + 1)]
+    want = [peak * common.learning_rate_share(schedule, step) for step in range(1, STEPS + 1)]
     assert values["charts/learning_rate"] == pytest.approx(want, rel=1e-5)
     assert values["eval/pass@2"][0] >= values["eval/pass@1"][0]
 
