@@ -30,6 +30,7 @@ import shutil
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -273,6 +274,15 @@ class Run:
         self.skipped_updates = self.skipped_in_a_row = 0  # in this step, and up to now
         self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
         self.catch_signals()
+        if args.model != "tiny" and not args.resume:
+            self.say_defaults()
+
+    def say_defaults(self):
+        """Which defaults the model decided, since a reader of the tiny run's figures may expect those."""
+        by_model = {f.name: f.metadata["by_model"] for f in dataclasses.fields(self.args)}
+        same = [name for name, (tiny, real) in by_model.items() if tiny != real and getattr(self.args, name) == real]
+        chosen = ", ".join(f"--{name.replace('_', '-')} {getattr(self.args, name)}" for name in same)
+        self.say(textwrap.fill(f"defaults of models other than the tiny one: {chosen}", 79, break_on_hyphens=False))
 
     def choose_device(self, name):
         if name is None:
@@ -2601,7 +2611,10 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     means.add("completions/mean_length", rollout.lengths, rollout.lengths > 0)
     means.add("completions/truncated_ratio", rollout.truncated.cpu(), rollout.lengths > 0)
     metrics = means.reduce(run)
-    metrics["reward/std"] = max(metrics.pop("reward_square") - metrics["reward/mean"] ** 2, 0.0) ** 0.5
+    variance = metrics.pop("reward_square") - metrics["reward/mean"] ** 2
+    highest = run.max(float(rollout.scores.nan_to_num(-math.inf).max()))
+    lowest = -run.max(float(-rollout.scores.nan_to_num(math.inf).min()))
+    metrics["reward/std"] = max(variance, 0.0) ** 0.5 if highest > lowest else 0.0  # variance may be off by a rounding error
     tokens, seconds = run.sum(rollout.lengths.sum())[0], sum(run.seconds.values())
     metrics |= {f"perf/{phase}_seconds": value for phase, value in run.seconds.items()}
     metrics["perf/tokens_per_second"] = float(tokens) / seconds

@@ -178,7 +178,16 @@ def test_pass_at_k_is_reported_for_powers_of_two(tmp_path, texts, reward_file):
     assert curve == sorted(curve) and 0 < curve[0] < curve[-1] <= 1
 
 
-def test_a_reward_that_cannot_teach_is_said(tmp_path, texts, capsys):
+@pytest.mark.parametrize("script, score", [(grpo, 0.3), (ppo, 0.1)])  # no float32: their mean is another number
+def test_a_reward_that_cannot_teach_is_said(tmp_path, texts, capsys, script, score):
     model = save_model(tmp_path / "model")
-    train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", "format")
+    (tmp_path / "constant.py").write_text(f"def constant(completions, **_):\n    return [{score}] * len(completions)\n")
+    train(script, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{tmp_path}/constant.py:constant")
     assert "warning: all scores are equal" in capsys.readouterr().out
+
+
+def test_defaults_that_the_model_decides_are_said(tmp_path, texts, reward_file, capsys):
+    model = save_model(tmp_path / "model")
+    train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b", "--learning-rate", "1e-6")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "defaults of models other than the tiny one:" in said and "--learning-rate 1e-06" in said and "--model" not in said
