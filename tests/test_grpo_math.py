@@ -393,6 +393,21 @@ def test_kl_estimators_average_to_the_kl_of_two_distributions():
     assert float((policy.exp() * grpo.kl_estimate(policy, near, "k2")).sum()) == pytest.approx(kl, rel=0.05)
 
 
+def test_gradients_of_the_kl_estimators_as_losses():
+    """Over tokens drawn from the policy: k1's is 0, k2's is the KL's, and k3's comes near that where the policies are near."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, dtype=torch.float64, generator=generator).requires_grad_()
+    reference = (logits.detach() + 0.05 * torch.randn(7, dtype=torch.float64, generator=generator)).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    (want,) = torch.autograd.grad((logprobs.exp() * (logprobs - reference)).sum(), logits, retain_graph=True)
+    distance = {}
+    for name in ("k1", "k2", "k3"):
+        expected_loss = (logprobs.detach().exp() * grpo.kl_estimate(logprobs, reference, name)).sum()
+        (got,) = torch.autograd.grad(expected_loss, logits, retain_graph=True)
+        distance[name] = float((got - want).norm() / want.norm())
+    assert distance["k1"] == pytest.approx(1, abs=1e-9) and distance["k2"] < 1e-9 and 1e-4 < distance["k3"] < 0.2
+
+
 # ---------------------------------------------------------------- the loss of a step, and its gradient
 
 

@@ -47,29 +47,33 @@ def test_everything_logged_is_explained(name):
     assert same in [re.sub(r"<.*>", "<>", name) for name in explained]
 
 
-def worked_examples():
-    return re.findall(r"```diff\n--- (\w+\.py)\n(.*?)```", README, re.DOTALL)
+EXAMPLE = re.compile(r"```diff\n(--- (\w+\.py)\n.*?)```", re.DOTALL)
 
 
-def apply(diff, source):
-    """Replace the diff's old lines, which must stand in the source exactly once, by its new ones."""
-    lines = diff.splitlines()
-    old = "\n".join(line[1:] for line in lines if line[0] in " -")
-    new = "\n".join(line[1:] for line in lines if line[0] in " +")
-    assert source.count(old) == 1
-    return source.replace(old, new)
+def with_line_numbers(diff, file):
+    """The diff with the header of its one hunk as `file` is now; its old lines stand there exactly once."""
+    names, lines = diff.splitlines()[:2], diff.splitlines()[3:]
+    old, new = ([line[1:] for line in lines if line[:1] != other] for other in "+-")
+    source = "\n" + (ROOT / file).read_text()
+    text = "\n" + "\n".join(old) + "\n"
+    assert source.count(text) == 1, "\n".join(old)
+    first = source[: source.index(text)].count("\n") + 1
+    return "\n".join([*names, f"@@ -{first},{len(old)} +{first},{len(new)} @@", *lines]) + "\n"
 
 
 def test_there_are_four_examples_of_ten_lines_or_fewer():
-    examples = worked_examples()
-    assert len(examples) == 4 and all(len(diff.splitlines()) <= 10 for _, diff in examples)
+    examples = EXAMPLE.findall(README)
+    assert len(examples) == 4 and all(len(diff.splitlines()) <= 10 for diff, _ in examples)
 
 
-@pytest.mark.parametrize("script, diff", worked_examples())
-def test_worked_example_applies_and_runs(script, diff, tmp_path):
+@pytest.mark.parametrize("diff, script", EXAMPLE.findall(README))
+def test_worked_example_applies_and_runs(diff, script, tmp_path):
+    assert diff == with_line_numbers(diff, script), "renew the line numbers: python tests/test_readme.py"
     for file in ("grpo.py", "ppo.py", "common.py"):
         (tmp_path / file).write_text((ROOT / file).read_text())
-    (tmp_path / script).write_text(apply(diff, (ROOT / script).read_text()))
+    applied = subprocess.run(["git", "apply", "-p0"], cwd=tmp_path, input=diff, capture_output=True, text=True)
+    assert applied.returncode == 0, applied.stderr
+    assert (tmp_path / script).read_text() != (ROOT / script).read_text()
     command = [sys.executable, script, "--steps", "2", "--eval-every", "0", "--eval-prompts", "20", "--output-dir", "run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -83,5 +87,6 @@ def test_step_with_numbers():
 
 
 if __name__ == "__main__":
-    renewed = LINK.sub(lambda m: f"[`{m[1]}`]({m[2]}#L{line_of(m[1], m[2])})", README)
+    renewed = EXAMPLE.sub(lambda m: f"```diff\n{with_line_numbers(m[1], m[2])}```", README)
+    renewed = LINK.sub(lambda m: f"[`{m[1]}`]({m[2]}#L{line_of(m[1], m[2])})", renewed)
     (ROOT / "README.md").write_text(renewed)
