@@ -536,7 +536,12 @@ class Run:
 class Rollout:
     """The completions of one step: the only thing that flows through a training loop.
 
-    Column t of every (B, C) tensor is completion token t. Lengths and `prompt_index` stay on the CPU, where the
+    Column t of every (B, C) tensor is completion token t. Two completions of one prompt, where 2 is the end token and C is 4:
+
+        completion_ids  [[7, 8, 2, 2],     completion_mask  [[1, 1, 1, 0],     lengths  [3, 4]
+                         [7, 9, 4, 8]]                       [1, 1, 1, 1]]     truncated  [False, True]
+
+    Lengths and `prompt_index` stay on the CPU, where the
     index arithmetic is done; the other tensors are on the device. Fields with a default are filled on the way.
     """
 
@@ -1026,7 +1031,7 @@ class PlainForward:
 
     Queries, keys and values come out of one matrix product, gate and up of the MLP out of another; norms and rotary
     positions are fused. The weights are the model's own. What is no such model, or was changed (an adapter, a hook, a
-    subclass), samples through `flat_forward`; `check_model` compares either with transformers.
+    subclass, --compile), samples through `flat_forward`; `check_model` compares either with transformers.
     """
 
     MODULES = ("torch.nn.", "transformers.activations", *(f"transformers.models.{x}." for x in ("llama", "qwen2", "qwen3")))
@@ -1043,6 +1048,7 @@ class PlainForward:
         embedding = model.get_input_embeddings()
         return all(
             type(module).__module__.startswith(cls.MODULES)
+            and module._compiled_call_impl is None
             and (module is embedding or not (module._forward_hooks or module._forward_pre_hooks))
             for module in model.base_model.modules()
         )

@@ -428,6 +428,7 @@ def test_a_changed_model_samples_through_transformers(llama):
     assert fits(lambda backbone: None)
     assert not fits(lambda backbone: setattr(backbone.layers[0].self_attn, "q_proj", Adapter(16, 16)))
     assert not fits(lambda backbone: backbone.layers[1].register_forward_hook(lambda *_: None))
+    assert not fits(lambda backbone: backbone.layers[0].compile())
     assert not fits(lambda backbone: backbone.norm.register_forward_pre_hook(lambda *_: None))
     assert not common.PlainForward.fits(helpers.make_model("gemma")) and not common.PlainForward.fits(helpers.make_model("mixtral"))
 
