@@ -541,8 +541,8 @@ class Rollout:
         completion_ids  [[7, 8, 2, 2],     completion_mask  [[1, 1, 1, 0],     lengths  [3, 4]
                          [7, 9, 4, 8]]                       [1, 1, 1, 1]]     truncated  [False, True]
 
-    Lengths and `prompt_index` stay on the CPU, where the
-    index arithmetic is done; the other tensors are on the device. Fields with a default are filled on the way.
+    Lengths and `prompt_index` stay on the CPU, where the index arithmetic is done; the other tensors are on the device.
+    Fields with a default are filled on the way.
     """
 
     prompt_ids: Tensor  # (B, P) left-padded
