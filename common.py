@@ -2113,7 +2113,9 @@ def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
     rewards = load_rewards(names, weights[: len(names)])
     if args.reward_model:
         rewards.append(Reward("reward_model", load_reward_model(args, run), weights[-1]))
-    return rewards, load_rewards([args.eval_reward], None)[0] if args.eval_reward else rewards[0]
+    if args.eval_reward:
+        return rewards, load_rewards([args.eval_reward], None)[0]
+    return rewards, dataclasses.replace(rewards[0], weight=1.0)  # what is right does not depend on how much it counts
 
 
 def load_reward_model(args, run) -> Callable:
@@ -2370,30 +2372,32 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
     """Greedy accuracy on `prompts`: the share of completions that `reward` gives at least 1.
 
     Where prompts have a column "level", also the accuracy of each level. With --eval-samples n also pass@k for
-    k = 1, 2, 4, ..., n, unbiased, from n samples a prompt at the training temperature.
+    k = 1, 2, 4, ..., n, unbiased, from n samples a prompt at the training temperature. Completions to which the
+    reward does not apply (None) are left out, and a prompt of which fewer than k remain does not count in pass@k.
     """
     n, means, mine = run.args.eval_samples, Means(), prompts[run.rank :: run.world]
 
-    def count_correct(some, copies, uniforms):
+    def judged(some, copies, uniforms):  # for each prompt, which of its completions are right
         rollout = sampler.sample([prompt.ids for prompt in some], copies, uniforms)
         repeated = [prompt for prompt in some for _ in range(copies)]
         scores = score([reward], repeated, *decode(tokenizer, rollout), run.args.reward_timeout).total
         if uniforms is None:
             means.add("eval/reward", scores.nan_to_num(0), ~scores.isnan())
-        return (scores >= 1).view(-1, copies).sum(dim=1).tolist()
+        return [row[~row.isnan()] >= 1 for row in scores.view(-1, copies)]
 
     size = max(256 // max(n, 1), 1)
     for start in inner_progress(range(0, len(mine), size), "evaluation"):
         some = mine[start : start + size]
-        for prompt, correct in zip(some, count_correct(some, 1, None)):
-            means.add("eval/accuracy", correct)
-            if "level" in prompt.columns:
-                means.add(f"eval/accuracy_{prompt.columns['level']}", correct)
+        for prompt, right in zip(some, judged(some, 1, None)):
+            means.add("eval/accuracy", right)
+            if "level" in prompt.columns and len(right):
+                means.add(f"eval/accuracy_{prompt.columns['level']}", right)
         if n:
             uniforms = run.uniforms(start * run.world + run.rank, 5, len(some) * n, sampler.C)
-            for correct in count_correct(some, n, uniforms):
+            for right in judged(some, n, uniforms):
                 for k in sorted({n} | {2**i for i in range(n.bit_length())}):
-                    means.add(f"eval/pass@{k}", pass_at_k(n, correct, k))
+                    if k <= len(right):
+                        means.add(f"eval/pass@{k}", pass_at_k(len(right), int(right.sum()), k))
     return means.reduce(run)
 
 

@@ -279,6 +279,32 @@ def test_dynamic_sampling_replaces_groups_and_keeps_prompts_texts_and_scores_tog
     torch.testing.assert_close(scored, rollout.sampler_logprobs, atol=1e-4, rtol=0)
 
 
+def test_evaluation_leaves_out_what_no_reward_applies_to():
+    """Of four samples: prompt a has none that counts, b one that is right, c two of three right, d four wrong."""
+    run = helpers.make_run(eval_samples=4, max_new_tokens=2)
+    tokenizer = common.tiny_tokenizer()
+    sampler = common.Sampler(common.tiny_model(tokenizer, 0), {tokenizer.eos_token_id}, 1.0, 2)
+    verdicts = {"1+1=": [None] * 4, "1+2=": [1.0, None, None, None], "1+3=": [0.0, 1.0, None, 1.0], "1+4=": [0.0] * 4}
+    prompts = [common.Prompt(tokenizer(text).input_ids, text, {"level": text[2]}) for text in verdicts]
+
+    def some(prompts, **_):  # called with the greedy completions, one a prompt, and with the samples
+        copies = len(prompts) // len(verdicts)
+        return [score for text in prompts[::copies] for score in verdicts[text][:copies]]
+
+    metrics = common.evaluate(run, sampler, tokenizer, prompts, common.Reward("some", some))
+    assert metrics["eval/accuracy"] == metrics["eval/reward"] == pytest.approx(1 / 3)  # b is right, c and d are not
+    assert [metrics[f"eval/accuracy_{level}"] for level in "234"] == [1.0, 0.0, 0.0]
+    assert metrics["eval/pass@1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert metrics["eval/pass@2"] == pytest.approx((1 + 0) / 2) and metrics["eval/pass@4"] == 0.0
+
+
+def test_a_weight_does_not_change_what_evaluation_counts_as_right():
+    args = grpo.Args(reward=["exact", "format"], reward_weights=[0.5, 2.0])
+    rewards, eval_reward = common.load_all_rewards(args, None)
+    assert [reward.weight for reward in rewards] == [0.5, 2.0]
+    assert (eval_reward.name, eval_reward.function, eval_reward.weight) == ("exact", common.exact_reward, 1.0)
+
+
 @pytest.mark.parametrize("flags", ["--dynamic-sampling", "--advantage rloo", "--advantage batch", "--overlong-buffer 2", "--tis-cap 0 --dtype bfloat16"])
 def test_options_of_the_family_run_to_the_end(script, tiny_folder, tmp_path, flags, capsys):
     (tmp_path / "rewards.py").write_text("def some(completion_ids, **_):\n    return [None if i[0] % 3 == 0 else sum(i) / 10 for i in completion_ids]\n")
