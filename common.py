@@ -2055,9 +2055,9 @@ class Reward:
 class Scores:
     total: Tensor  # (B,) float32, weighted sum over the functions that apply, NaN where none does
     by_function: dict[str, Tensor]  # (B,) float32 each, unweighted, dense ones summed, NaN for None
-    # Only when a function returned lists: for each sample one weighted float a completion token,
-    # plain scores standing on the last one; None where no function applies.
-    dense: list[list[float] | None] | None
+    # Only when a function returned lists: for each sample one weighted float a completion token, plain
+    # scores standing on the last one, and None where no step ends; None for it all where no function applies.
+    dense: list[list[float | None] | None] | None
     metrics: dict[str, float]  # what functions gave to log_metric(name, value)
     extra: dict[str, list]  # what functions gave to log_extra(column, values)
 
@@ -2249,7 +2249,7 @@ def score(
     }
 
     def as_float(value):
-        return math.nan if value is None else float(sum(value) if isinstance(value, list) else value)
+        return math.nan if value is None else float(sum(v or 0 for v in value) if isinstance(value, list) else value)
 
     by_function = {name: torch.tensor([as_float(v) for v in values]) for name, values in returned.items()}
     weights = {reward.name: reward.weight for reward in rewards}
@@ -2260,18 +2260,23 @@ def score(
 
 def dense_scores(
     weights: dict[str, float], returned: dict[str, list], completion_ids: list[list[int]]
-) -> list[list[float] | None] | None:
-    """Weighted sum of what the functions returned, a float a token; None if they returned no list."""
+) -> list[list[float | None] | None] | None:
+    """Weighted sum of what the functions returned, a float a token; None if they returned no list.
+
+    In a list 0 and None say that no step ends there (0 so that functions written for PPO work); a plain score always
+    ends one, on the last token.
+    """
     if not any(isinstance(value, list) for values in returned.values() for value in values):
         return None
-    samples: list[list[float] | None] = [None] * len(completion_ids)
+    samples: list[list[float | None] | None] = [None] * len(completion_ids)
     for name, values in returned.items():
         for i, value in enumerate(values):
+            if value is None or weights[name] == 0:  # a function without weight is watched, and ends no step
+                continue
             length = len(completion_ids[i])
-            steps = value if isinstance(value, list) else [0.0] * (length - 1) + [value]
-            if value is not None:
-                before = samples[i] or [0.0] * length
-                samples[i] = [a + weights[name] * b for a, b in zip(before, steps, strict=False)]
+            steps = [v or None for v in value] if isinstance(value, list) else [None] * (length - 1) + [value]
+            before = samples[i] or [None] * length
+            samples[i] = [a if b is None else (a or 0.0) + weights[name] * b for a, b in zip(before, steps, strict=False)]
     return samples
 
 
@@ -2342,7 +2347,7 @@ def checked_scores(name: str, result: Any, completion_ids: list[list[int]]) -> l
             lengths = f"{len(value)} scores for {len(completion_ids[i])} completion tokens"
             raise UserError(f"reward {name} gave sample {i} {lengths}")
         for number in value if isinstance(value, list) else [value]:
-            if number is None and value is None:
+            if number is None:  # in a list: no step ends there
                 continue
             if not isinstance(number, numbers.Real):
                 raise UserError(f"reward {name} gave sample {i} {number!r:.40}, which is not a number")
@@ -2556,12 +2561,13 @@ def mean_and_variance(run, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.as_tensor(mean), torch.as_tensor(squares / max(count - 1, 1))
 
 
-def dense_table(dense: list[list[float] | None], rollout: Rollout) -> Tensor:
-    """Rewards given token by token, as a (B, C) tensor; 0 where there is none."""
-    table = torch.zeros(rollout.completion_ids.shape)
+def dense_table(dense: list[list[float | None] | None], rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Rewards given token by token, 0 where there is none, and the tokens at which a step ends: both (B, C)."""
+    table = torch.full(rollout.completion_ids.shape, math.nan)
     for row, values in zip(table, dense):
-        row[: len(values or [])] = torch.tensor(values or [])
-    return table.to(rollout.completion_ids.device)
+        row[: len(values or [])] = torch.tensor([math.nan if value is None else value for value in values or []])
+    table = table.to(rollout.completion_ids.device)
+    return table.nan_to_num(0), ~table.isnan()
 
 
 def update_flops(models: list[nn.Module], rollout: Rollout) -> float:

@@ -237,7 +237,7 @@ def main(args: Args) -> int:
         mask = rollout.completion_mask  # (B, C)
         rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
         kl = None if reference is None else kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
-        dense = None if scores.dense is None else common.dense_table(scores.dense, rollout)
+        dense = None if scores.dense is None else common.dense_table(scores.dense, rollout)[0]
         token_rewards = on_last_token(rollout.scores, mask) if dense is None else dense
         token_rewards = token_rewards - on_last_token(args.truncation_penalty * rollout.truncated, mask)
         if kl is not None:

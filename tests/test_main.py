@@ -325,6 +325,20 @@ def test_dense_rewards_reach_the_update(script, tiny_folder, tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before) == same
 
 
+def test_a_score_of_0_beside_lists_trains_and_lists_of_0_and_1_are_warned_of(script, tiny_folder, tmp_path, capsys):
+    (tmp_path / "rewards.py").write_text(
+        "def right(completion_ids, **_):\n    return [float(i[0] % 2) for i in completion_ids]\n"
+        "def zeros(completion_ids, **_):\n    return [[0.0] * len(i) for i in completion_ids]\n"
+        "def steps(completion_ids, **_):\n    return [[0.0] * (len(i) - 1) + [float(i[0] % 2)] for i in completion_ids]\n"
+    )
+    for names, learns in ((["right", "zeros"], True), (["steps"], False)):
+        flags = [flag for name in names for flag in ("--reward", f"rewards.py:{name}")]
+        flags += ["--eval-reward", "exact", "--kl-coef", "0", "--output-dir", names[0]]
+        assert script("--model", tiny_folder, *SHORT, *flags) == 0
+        assert (max(helpers.scalars(tmp_path / names[0])["losses/grad_norm"]) > 0) == learns
+        assert ("give a wrong step -1" in capsys.readouterr().out) != learns
+
+
 # ---------------------------------------------------------------- arguments
 
 

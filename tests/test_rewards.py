@@ -424,9 +424,26 @@ def test_dense_rewards_are_weighted_and_scalars_join_the_last_token():
         common.Reward("plain", lambda completions: [1.0, 3.0, None, None], 10.0),
     ]
     scores = run(rewards, ["abc", "de", "f", "gh"])
-    assert scores.dense == [[1.0, 0.0, 12.0], [0.0, 30.0], None, [2.0, 4.0]]
+    assert scores.dense == [[1.0, None, 12.0], [None, 30.0], None, [2.0, 4.0]]
     assert scores.total[[0, 1, 3]].tolist() == [13.0, 30.0, 6.0] and math.isnan(scores.total[2])
     assert scores.by_function["steps"][[0, 3]].tolist() == [1.5, 3.0]
+
+
+def test_which_tokens_end_a_step():
+    """Not those where lists hold 0 or None; always the last one of a plain score, even of 0; none for a weight of 0."""
+    rewards = [
+        common.Reward("steps", lambda completions: [[None, 0.5, 0], [0, None, 0.0], None]),
+        common.Reward("plain", lambda completions: [0, 0.0, 0]),
+        common.Reward("against", lambda completions: [[0, -0.5, 0], None, None]),
+        common.Reward("watched", lambda completions: [[1, 1, 1], None, 5.0], 0.0),
+    ]
+    scores = run(rewards, ["abc"] * 3)
+    assert scores.dense == [[None, 0.0, 0.0], [None, None, 0.0], [None, None, 0.0]] and scores.total.tolist() == [0.0] * 3
+    assert scores.by_function["steps"][:2].tolist() == [0.5, 0.0]
+    rollout = common.rollout_of([[1]] * 3, [[2, 2, 2]] * 3, torch.device("cpu"), [0, 0, 0])
+    table, ends = common.dense_table([[None, 0.0, 2.0], None, [3.0]], rollout)
+    assert table.tolist() == [[0, 0, 2], [0, 0, 0], [3, 0, 0]]
+    assert ends.tolist() == [[False, True, True], [False] * 3, [True, False, False]]
 
 
 def test_numbers_of_any_library_are_taken():
@@ -459,7 +476,6 @@ def test_numbers_of_any_library_are_taken():
         ([[1.0], 1.0], "sample 0 1 scores for 2 completion tokens"),
         ([1.0, [1.0, 2.0, 3.0]], "sample 1 3 scores for 2 completion tokens"),
         ([1.0, [1.0, math.nan]], "sample 1 nan, which is not finite"),
-        ([1.0, [1.0, None]], "sample 1 None, which is not a number"),
         ([1.0, [1.0, [2.0]]], r"sample 1 \[2.0\], which is not a number"),
     ],
 )
