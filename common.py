@@ -2083,6 +2083,8 @@ def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
     if weights is not None and len(weights) != len(names):
         raise UserError(f"--reward-weights has {len(weights)} numbers for {len(names)} rewards")
     rewards, modules = [], {}
+    # Other scalars, reward/mean and so on, have these names.
+    taken = {"mean", "std", "frac_zero_std", "resampled_groups", "reward_model"}
     for i, name in enumerate(names):
         path, colon, attribute = name.rpartition(":")
         if name in BUILTIN_REWARDS:
@@ -2095,9 +2097,9 @@ def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
                 raise UserError(f"reward {name}: {path} defines no function '{attribute}'")
         else:
             raise UserError(f"no reward '{name}': take {', '.join(BUILTIN_REWARDS)} or file.py:function")
-        taken = {reward.name for reward in rewards}
         log_names = (attribute if n == 1 else f"{attribute}_{n}" for n in itertools.count(1))
         log_name = next(candidate for candidate in log_names if candidate not in taken)
+        taken.add(log_name)
         rewards.append(Reward(log_name, function, 1.0 if weights is None else weights[i]))
     return rewards
 

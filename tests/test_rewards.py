@@ -289,6 +289,13 @@ def test_load_rewards_by_name_and_file(reward_file):
     assert [reward.weight for reward in common.load_rewards(["exact"], None)] == [1.0]
 
 
+def test_rewards_are_not_logged_under_names_that_other_numbers_have(reward_file):
+    names = ["mean", "std", "frac_zero_std", "resampled_groups", "reward_model", "mean", "mean_2"]
+    path = reward_file("\n".join(f"def {name}(completions): pass" for name in names))
+    rewards = common.load_rewards([f"{path}:{name}" for name in names], None)
+    assert [reward.name for reward in rewards] == [f"{name}_2" for name in names[:5]] + ["mean_3", "mean_2_2"]
+
+
 @pytest.mark.parametrize(
     "code, attribute, named",
     [
