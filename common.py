@@ -33,6 +33,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import typing
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -272,6 +273,8 @@ class Run:
         self.micro_batch_tokens = args.micro_batch_tokens
         self.skipped_updates = self.skipped_in_a_row = 0  # in this step, and up to now
         self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
+        # What TRL's reward functions read: steps done so far, and in all.
+        self.trainer_state = types.SimpleNamespace(global_step=0, max_steps=args.steps)
         self.catch_signals()
 
     def choose_device(self, name):
@@ -348,6 +351,7 @@ class Run:
         form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # fits into 80 columns
         numbers, total = range(first, self.args.steps + 1), self.args.steps
         self.bar = progress(numbers, None, initial=first - 1, total=total, bar_format=form)
+        self.trainer_state.global_step = first - 1
         return self.bar
 
     def phase(self, name: str | None):
@@ -496,16 +500,17 @@ class Run:
             if holds:
                 self.warn_once(text)
 
-    def log_samples(self, step, prompts, completions, scores):
-        """A table of the first completions with their scores, after the last step also in the terminal."""
+    def log_samples(self, step, prompts, completions, scores, extra):
+        """A table of the first completions with their scores and the columns of `extra`, after the last step without
+        these also in the terminal."""
         if self.rank > 0 or self.args.log_samples == 0:
             return
         n = self.args.log_samples
         rows = [(str(p.prompt), text, f"{score:.3g}") for p, text, score in zip(prompts[:n], completions, scores.tolist())]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row) + " |" for row in rows]
-        self.writer.add_text(
-            "completions/samples", "\n".join(["| prompt | completion | score |", "|---|---|---|", *lines]), step
-        )
+        table = [("prompt", "completion", "score", *extra), ["---"] * (3 + len(extra))]
+        table += [(*row, *map(str, cells)) for row, *cells in zip(rows, *extra.values())]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row) + " |" for row in table]
+        self.writer.add_text("completions/samples", "\n".join(lines), step)
         if step == self.args.steps:
             one_line = [("prompt", "completion", "score")] + [
                 (prompt[-30:].replace("\n", " "), text[:38].replace("\n", " "), score[:8]) for prompt, text, score in rows
@@ -2058,8 +2063,8 @@ class Scores:
     # Only when a function returned lists: for each sample one weighted float a completion token, plain
     # scores standing on the last one, and None where no step ends; None for it all where no function applies.
     dense: list[list[float | None] | None] | None
-    metrics: dict[str, float]  # what functions gave to log_metric(name, value)
-    extra: dict[str, list]  # what functions gave to log_extra(column, values)
+    metrics: dict[str, list[float]]  # what functions gave to log_metric(name, value), call by call
+    extra: dict[str, list]  # what functions gave to log_extra(column, values), B values a column
 
     def replace(self, rows: list[int], other: "Scores"):
         """Put the scores of `other` in the places of `rows`."""
@@ -2072,6 +2077,12 @@ class Scores:
             self.dense = self.dense or [None] * len(self.total)
             for row, values in zip(rows, other.dense or [None] * len(rows)):
                 self.dense[row] = values
+        for name, values in other.metrics.items():
+            self.metrics[name] += values
+        for column, values in other.extra.items():
+            mine = self.extra.setdefault(column, [None] * len(self.total))
+            for row, value in zip(rows, values):
+                mine[row] = value
 
 
 def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
@@ -2234,7 +2245,13 @@ def score(
     Raises UserError naming the function, and the sample where there is one, for an exception, a
     wrong number of scores, a score that is no finite number, a dense list of the wrong length.
     """
-    metrics, extra = {}, {}
+    metrics, extra = defaultdict(list), {}
+
+    def log_extra(column, values):
+        if len(values) != len(prompts):
+            raise ValueError(f"log_extra({column!r}) got {len(values)} values for {len(prompts)} completions")
+        extra[str(column)] = list(values)
+
     columns = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
     check_columns(rewards, columns)
     inputs = {name: [prompt.columns.get(name) for prompt in prompts] for name in columns}
@@ -2244,8 +2261,8 @@ def score(
         for prompt, text in zip(prompts, completions, strict=True)
     ]
     inputs["completion_ids"] = inputs["completions_ids"] = completion_ids
-    inputs["trainer_state"] = trainer_state
-    inputs["log_extra"], inputs["log_metric"] = extra.__setitem__, metrics.__setitem__
+    inputs["trainer_state"], inputs["log_extra"] = trainer_state, log_extra
+    inputs["log_metric"] = lambda name, value: metrics[name].append(float(value))
     returned = {
         reward.name: checked_scores(reward.name, call_reward(reward, inputs, timeout), completion_ids) for reward in rewards
     }
@@ -2387,7 +2404,8 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
     def judged(some, copies, uniforms):  # for each prompt, which of its completions are right
         rollout = sampler.sample([prompt.ids for prompt in some], copies, uniforms)
         repeated = [prompt for prompt in some for _ in range(copies)]
-        scores = score([reward], repeated, *decode(tokenizer, rollout), run.args.reward_timeout).total
+        texts, ids = decode(tokenizer, rollout)
+        scores = score([reward], repeated, texts, ids, run.args.reward_timeout, run.trainer_state).total
         if uniforms is None:
             means.add("eval/reward", scores.nan_to_num(0), ~scores.isnan())
         return [row[~row.isnan()] >= 1 for row in scores.view(-1, copies)]
@@ -2605,11 +2623,14 @@ def matrix_rate(device, dtype) -> float:
 def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners: list[nn.Module]) -> dict[str, float]:
     """What both scripts log of a step, with what the script itself has put into `means`."""
     run.phase(None)
+    run.trainer_state.global_step += 1
     total, valid = rollout.scores.nan_to_num(0), ~rollout.scores.isnan()
     means.add("reward/mean", total, valid)
     means.add("reward_square", total.square(), valid)
     for name, values in scores.by_function.items():
         means.add(f"reward/{name}", values.nan_to_num(0), ~values.isnan())
+    for name, values in scores.metrics.items():
+        means.add(f"reward/metric/{name}", values)
     means.add("completions/mean_length", rollout.lengths, rollout.lengths > 0)
     means.add("completions/truncated_ratio", rollout.truncated.cpu(), rollout.lengths > 0)
     metrics = means.reduce(run)

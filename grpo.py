@@ -274,7 +274,7 @@ def main(args: Args) -> int:
 
         # ---- Score: the only thing that the policy learns from ----
         run.phase("reward")
-        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
+        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
         if args.dynamic_sampling:
             resampled = resample_equal_groups(
                 run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores
@@ -357,7 +357,7 @@ def main(args: Args) -> int:
             sampler.refresh(policy)
             metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
-        run.log_samples(step, step_prompts, texts, rollout.scores)
+        run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)
         state |= {"step": step, "accuracy": metrics.get("eval/accuracy")}
         stopped = run.must_stop()
         if stopped or (args.save_every and step % args.save_every == 0):
@@ -393,7 +393,8 @@ def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollo
         new = sampler.sample([prompt.ids for prompt in others], G, uniforms[: len(rows)])
         new_prompts, (new_texts, new_ids) = [prompt for prompt in others for _ in range(G)], common.decode(tokenizer, new)
         rollout.replace(rows, new)
-        scores.replace(rows.tolist(), common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout))
+        new_scores = common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout, run.trainer_state)
+        scores.replace(rows.tolist(), new_scores)
         for row, prompt, text in zip(rows.tolist(), new_prompts, new_texts):
             step_prompts[row], texts[row] = prompt, text
         replaced += len(groups)

@@ -224,7 +224,7 @@ def main(args: Args) -> int:
 
         # ---- Score: the only thing that the policy learns from ----
         run.phase("reward")
-        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
+        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
         rollout.scores = scores.total.to(run.device)  # (B,)
         rollout.leave_out(scores.total.isnan())  # no reward function applies to these: they count nowhere
 
@@ -304,7 +304,7 @@ def main(args: Args) -> int:
             sampler.refresh(policy)
             metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
-        run.log_samples(step, step_prompts, texts, rollout.scores)
+        run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)
         state |= {"step": step, "accuracy": metrics.get("eval/accuracy")}
         stopped = run.must_stop()
         if stopped or (args.save_every and step % args.save_every == 0):

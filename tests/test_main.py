@@ -13,10 +13,12 @@ import helpers
 import pytest
 import safetensors.torch
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import grpo
+import ppo
 
 ROOT = Path(__file__).parents[1]
 STEPS = 30
@@ -323,6 +325,29 @@ def test_dense_rewards_reach_the_update(script, tiny_folder, tmp_path):
         assert script("--model", tiny_folder, *SHORT, *flags) == 0
         before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny_folder, tmp_path / name / "final"))
         assert all(torch.equal(before[key], after[key]) for key in before) == same
+
+
+@pytest.mark.parametrize("module", [grpo, ppo], ids=["grpo", "ppo"])
+def test_functions_of_trl_read_the_state_and_log_numbers_and_columns(script, monkeypatch, tiny_folder, tmp_path, module):
+    """Steps done at each call: the first evaluation, two rollouts, the last evaluation."""
+    (tmp_path / "rewards.py").write_text(
+        "def logs(completions, trainer_state, log_extra, log_metric, **_):\n"
+        "    print(trainer_state.global_step, trainer_state.max_steps, file=open('seen.txt', 'a'))\n"
+        "    log_extra('gold | one', ['x%d' % i for i in range(len(completions))])\n"
+        "    log_metric('twice', trainer_state.global_step)\n"
+        "    log_metric('twice', 3.0)\n"
+        "    return [len(text) / 10 for text in completions]\n"
+    )
+    flags = ["--model", str(tiny_folder), *SHORT, "--reward", "rewards.py:logs", "--output-dir", "logs"]
+    flags = [flag if module is grpo else flag.replace("group-size", "samples-per-prompt") for flag in flags]
+    tables = []
+    monkeypatch.setattr(SummaryWriter, "add_text", lambda self, name, text, step: tables.append((name, text)))
+    assert module.main(common.parse_args(module.Args, flags)) == 0
+    assert (tmp_path / "seen.txt").read_text().splitlines() == ["0 2", "0 2", "1 2", "2 2"]
+    assert helpers.scalars(tmp_path / "logs")["reward/metric/twice"] == [1.5, 2.0]
+    [first, _] = [text.splitlines() for name, text in tables if name == "completions/samples"]
+    assert first[0] == "| prompt | completion | score | gold \\| one |" and first[1] == "| --- | --- | --- | --- |"
+    assert [line.split(" | ")[-1] for line in first[2:4]] == ["x0 |", "x1 |"]
 
 
 def test_a_score_of_0_beside_lists_trains_and_lists_of_0_and_1_are_warned_of(script, tiny_folder, tmp_path, capsys):

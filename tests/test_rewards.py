@@ -410,7 +410,20 @@ def test_functions_of_trl_style():
     state = types.SimpleNamespace(global_step=3)
     scores = run([later, task, lengths, logs], ["ab", ""], prompts, [[1, 2], [1]], trainer_state=state)
     assert scores.total.tolist() == [4.0, 1.0] and math.isnan(scores.by_function["f1"][1])
-    assert scores.metrics == {"step": 3} and scores.extra == {"gold": ["x", "x"]}
+    assert scores.metrics == {"step": [3.0]} and scores.extra == {"gold": ["x", "x"]}
+    with pytest.raises(common.UserError, match=r"log_extra\('gold'\) got 1 values for 2 completions at .*test_rewards.py"):
+        run([lambda completions, log_extra: log_extra("gold", ["x"])], ["a", "b"])
+
+
+def test_what_functions_log_follows_replaced_rows():
+    def logs(completions, log_extra, log_metric):
+        log_extra("upper", [text.upper() for text in completions])
+        log_metric("n", len(completions))
+        return [0.0] * len(completions)
+
+    scores = run([logs], ["a", "b", "c"])
+    scores.replace([0, 2], run([logs], ["x", "y"]))
+    assert scores.metrics == {"n": [3.0, 2.0]} and scores.extra == {"upper": ["X", "B", "Y"]}
 
 
 def test_weighted_sum_over_the_functions_that_apply():
