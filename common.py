@@ -2144,10 +2144,26 @@ def load_reward_model(args, run) -> Callable:
             f"--reward-model {args.reward_model}: has {model.config.num_labels} labels; a reward is a single number"
         )
 
+    config, known = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
+    room = getattr(config, "max_position_embeddings", None) or 0
+    if 0 < room <= args.max_new_tokens:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: --reward-model {args.reward_model} has {room} positions")
+    if config.pad_token_id is None:  # transformers would refuse more than one row at a time
+        config.pad_token_id = -1  # the id of no token, for rows of one length need none
+
     def ids_of(prompt, completion):
+        if not isinstance(prompt, str) and not tokenizer.chat_template:
+            raise UserError(f"--reward-model {args.reward_model}: has no chat template, but the prompts are chats")
         if isinstance(prompt, str):
-            return tokenizer(prompt + completion).input_ids
-        return tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
+            ids = tokenizer(prompt + completion).input_ids
+        else:
+            ids = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
+        if 0 < room < len(ids):
+            what = f"has {room} positions, but a prompt with its completion {len(ids)} tokens"
+            raise UserError(f"--reward-model {args.reward_model}: {what}; lower --max-prompt-tokens or --max-new-tokens")
+        if max(ids) >= known:
+            raise UserError(f"--reward-model {args.reward_model}: its tokenizer gives a token {max(ids)}, it knows {known}")
+        return ids
 
     @torch.no_grad()
     def reward(prompts, completions, **_):
@@ -2196,13 +2212,17 @@ def raised_at(error: BaseException, path: str | None) -> str:
 def check_rewards(rewards: list[Reward], rows: list[dict]):
     """Raises UserError, before anything is sampled, for rewards that cannot score these rows.
 
-    Checked for all: the columns that they demand; for the built-in ones also what the columns hold.
+    Checked for all: the columns that they demand; for the built-in ones also what the columns hold, and for a reward
+    model whether it takes prompts of this kind.
     """
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     check_columns(rewards, list(columns))
     for reward in rewards:
         if reward.function in BUILTIN_REWARDS.values():
             call_reward(reward, {**columns, "completions": [""] * len(rows)}, timeout=0)
+        elif reward.name == "reward_model":
+            some = sorted(rows, key=lambda row: len(str(row["prompt"])))[:8]  # the shortest are not dropped as too long
+            score([reward], [Prompt([], row["prompt"], {}) for row in some], [""] * len(some), [[]] * len(some))
 
 
 # What a function is offered beside the columns. TRL's documentation has it as completions_ids, too.
