@@ -509,8 +509,8 @@ class Run:
         rows = [(str(p.prompt), text, f"{score:.3g}") for p, text, score in zip(prompts[:n], completions, scores.tolist())]
         table = [("prompt", "completion", "score", *extra), ["---"] * (3 + len(extra))]
         table += [(*row, *map(str, cells)) for row, *cells in zip(rows, *extra.values())]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row) + " |" for row in table]
-        self.writer.add_text("completions/samples", "\n".join(lines), step)
+        table = [[cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row] for row in table]
+        self.writer.add_text("completions/samples", "\n".join(f"| {' | '.join(row)} |" for row in table), step)
         if step == self.args.steps:
             one_line = [("prompt", "completion", "score")] + [
                 (prompt[-30:].replace("\n", " "), text[:38].replace("\n", " "), score[:8]) for prompt, text, score in rows
@@ -2162,7 +2162,7 @@ def load_reward_model(args, run) -> Callable:
             what = f"has {room} positions, but a prompt with its completion {len(ids)} tokens"
             raise UserError(f"--reward-model {args.reward_model}: {what}; lower --max-prompt-tokens or --max-new-tokens")
         if max(ids) >= known:
-            raise UserError(f"--reward-model {args.reward_model}: its tokenizer gives a token {max(ids)}, it knows {known}")
+            raise UserError(f"--reward-model {args.reward_model}: its tokenizer gives token {max(ids)}, but it knows {known}")
         return ids
 
     @torch.no_grad()
@@ -2325,8 +2325,8 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in expected):
         names = {parameter.name for parameter in expected}
         inputs = {name: value for name, value in inputs.items() if name in names}
-    # Lists are copied, so that a function which sorts or pops does not spoil the next one's.
-    inputs = {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
+    # Copied, so that a function which sorts, pops or appends does not spoil the next one's, or the next step's.
+    inputs = {name: copied(value) for name, value in inputs.items()}
 
     async def awaited(result):
         return await result
@@ -2343,6 +2343,13 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
         module = sys.modules.get(getattr(reward.function, "__module__", None))
         place = raised_at(error, getattr(module, "__file__", None))
         raise UserError(f"reward {reward.name} raised {one_line(error)} at {place}") from error
+
+
+def copied(value: Any) -> Any:
+    """The same lists and dicts anew, none in two places; anything else in them as it is."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
 
 
 class RewardTimeout(BaseException):

@@ -370,6 +370,22 @@ def test_a_function_gets_only_what_it_takes_and_cannot_spoil_the_next():
     assert scores.by_function["f0"].tolist() == [1.0, 2.0] and scores.by_function["f1"].tolist() == [9.0, 9.0]
 
 
+def test_a_function_may_change_what_it_gets():
+    def change(prompts, completions, completion_ids, nums, trainer_state):
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            assert len(prompt) == len(completion) == 1 and nums[i] == [1, 2]  # not what was done to the one before
+            prompt.append("more"), completion.append("more"), nums[i].pop(), completion_ids[i].clear()
+            prompt[0]["content"] = "other"
+        return [0.0] * len(prompts)
+
+    prompt = common.Prompt([1], [{"role": "user", "content": "q"}], {"nums": [1, 2]})
+    ids = [[5], [6, 7]]
+    for step in range(2):
+        run([change, change], ["a", "bc"], [prompt, prompt], ids)
+    assert prompt.prompt == [{"role": "user", "content": "q"}] and prompt.columns == {"nums": [1, 2]}
+    assert ids == [[5], [6, 7]]
+
+
 def test_missing_column_is_named_before_and_during_a_run():
     rewards = common.load_rewards(["format", "exact"], None)
     common.check_rewards(rewards, [{"prompt": "p", "answer": "x"}])
