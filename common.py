@@ -1910,35 +1910,56 @@ def exact_reward(completions, answer, **_) -> list[float | None]:
 
 # It begins with the digits, which keeps the search fast; SIGN looks at what stands before them: a
 # minus, unless it follows an operand (10-5), a currency sign, a leading point.
-NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:/([0-9]+))?")
-SIGN = re.compile(r"((?<![\w)\]}%.])[-\u2212])?(?:\\?[$€£¥₹])?((?<![\w.])\.)?\Z")
+NUMBER = re.compile(r"(?:([0-9]+) (?=[0-9]+/[0-9]))?([0-9]+(?:[,_][0-9]{3}(?![0-9]))*(?:\.[0-9]+)?)(?:/([0-9]+))?")
+SIGN = re.compile(r"((?<![\w)\]}%.])[-\u2212\u2013])?(?:\\?[$€£¥₹])?((?<![\w.])\.)?\Z")
+# What shows that a number is a piece of something else (10^3, 2\sqrt{3}, 6 * 7, 5:30, 1e3, 10 000) and not the number
+# that is meant. Units, degrees and the stars of *emphasis* are no such thing.
+GOES_ON = re.compile(
+    r"\s*(?:\^(?!\{?\\circ)|\\(?!text|math|mbox|circ|deg|q?quad|right|approx)[A-Za-z])"
+    r"|\s*[-+*/×÷\u2212\u2013]\s*\\?[$€£¥₹]?[0-9(]|\s?\*\*[0-9(]|[²³¹⁰-⁹¼-¾⅐-⅞]|[_.,:][0-9]|[eE][-+]?[0-9]|\s[0-9]|\([0-9]"
+)
+BEGAN_BEFORE = re.compile(
+    r"(?:(?:[^\W_]|[)}\]])(?:[*/×÷+_]| [*/×÷+] )|\^\{?|[0-9](?:[.:]|[eE][-+]?)"
+    r"|\\(?:sqrt|[dt]?frac|binom|log|ln|sin|cos|tan|pi|times|cdot|div|pm) ?[{\[]?)\Z"
+)
 
 
 def gsm8k_number(text: str) -> Fraction | None:
     r"""The number that a solution ends with, exactly; None if it has none.
 
     Where it is looked for: inside the last \boxed{...} if there is one, else on the line after the
-    last ####, else anywhere. In the first two it is the first number after the last "=", so that a
-    unit may follow; anywhere means the last number of the text. Thousands separators, currency and
-    percent signs do not count, a/b and \frac{a}{b} are fractions; 42, 42.0 and \$42.00 are equal.
+    last ####, else anywhere. In the first two it is the first number after the last "=" that one
+    follows, so that a unit may stand behind it; anywhere means the last number of the text. What is
+    part of an expression, as in 10^3, is none. Thousands separators, currency and percent signs do
+    not count, a/b, \frac{a}{b} and 4\frac{1}{2} are fractions; 42, 42.0 and \$42.00 are equal.
     """
     text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")  # TeX's spacing in 10{,}000
+    text = re.sub(r"\\[dt]?frac(?:\{([^{}]*)\}\{([^{}]*)\}|([0-9])([0-9]))", fraction_as_text, text)
     boxed = last_match(r"\\boxed\s*\{", text)
     if boxed:
         region = braced(text, boxed.end())
     else:
         region = text.rpartition("####")[2].strip().partition("\n")[0]
     if boxed or "####" in text:
-        region = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", region.rpartition("=")[2])
-        found = NUMBER.search(region)
+        region = re.sub(r"(?<=\S) +\([^()=]*=[^()]*\)", "", region)  # a remark: 18 (9 = 3*3)
+        found = next(filter(None, map(NUMBER.search, reversed(region.split("=")))), None)
     else:
         found = last_match(NUMBER, text)
     # A hundred digits are enough: Python refuses to convert thousands, and int() is quadratic.
-    if not found or len(found[0]) > 100 or (found[1] and int(found[1]) == 0):
+    if not found or len(found[0]) > 100 or (found[3] and int(found[3]) == 0):
         return None
-    before = SIGN.search(found.string, max(0, found.start() - 5), found.start())
-    value = Fraction((before[2] or "") + found[0].partition("/")[0].replace(",", "")) / int(found[1] or 1)
+    text, start = found.string, found.start()
+    before = SIGN.search(text, max(0, start - 5), start)
+    if GOES_ON.match(text, found.end()) or BEGAN_BEFORE.search(text[max(0, start - 20) : before.start()]):
+        return None
+    value = Fraction((before[2] or "") + re.sub("[,_]", "", found[2])) / int(found[3] or 1) + int(found[1] or 0)
     return -value if before[1] else value
+
+
+def fraction_as_text(found: re.Match) -> str:
+    r"""\frac{1}{2} as 1/2, and after a digit, in 4\frac{1}{2}, with a space before it."""
+    space = " " if found.string[found.start() - 1 : found.start()].isdigit() else ""
+    return f"{space}{found[1] or found[3] or ''}/{found[2] or found[4] or ''}"
 
 
 def last_match(pattern: str | re.Pattern, text: str) -> re.Match | None:
@@ -1981,7 +2002,10 @@ def countdown_reward(completions, target=None, nums=None, answer=None, numbers=N
             scores.append(None)
             continue
         equation, equals, claim = countdown_equation(completion_text(completion)).partition("=")
-        made = arithmetic(equation, [int(number) for number in given]) == Fraction(want)
+        given = [Fraction(number) for number in given]
+        if any(number.denominator > 1 for number in given):
+            raise ValueError(f"the numbers {', '.join(map(str, given))} are not all integers")
+        made = arithmetic(equation, given) == Fraction(want)
         scores.append(float(made and (not equals or gsm8k_number(claim) == Fraction(want))))
     return scores
 
@@ -1996,7 +2020,7 @@ def countdown_equation(text: str) -> str:
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-def arithmetic(expression: str, given: list[int]) -> Fraction | None:
+def arithmetic(expression: str, given: list[Fraction]) -> Fraction | None:
     """Value of + - * / and parentheses over exactly the given integers; None for anything else."""
 
     def value(node: ast.expr) -> Fraction:
