@@ -1622,6 +1622,12 @@ class Prompt:
     columns: dict[str, Any]  # the row's other columns, passed to reward functions by name
 
 
+class Row(dict):
+    """A row of a dataset that knows where it was read."""
+
+    place = ""
+
+
 def one_line(error: BaseException) -> str:
     """Type and message of an exception on one line of bounded length."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
@@ -1653,7 +1659,8 @@ def load_rows(dataset: str, split: str, prompt_column: str = "prompt", answer_co
                 f"name the right one with --prompt-column"
             )
         check_prompt(row[prompt_column], place)
-        row = {**row, "prompt": row[prompt_column]}
+        row = Row(row, prompt=row[prompt_column])
+        row.place = place
         if answer_column != "answer":
             row["answer"] = row.get(answer_column)
         rows.append(row)
@@ -1662,7 +1669,10 @@ def load_rows(dataset: str, split: str, prompt_column: str = "prompt", answer_co
     if answer_column != "answer" and all(row["answer"] is None for row in rows):
         raise UserError(f"{dataset}: no row has the column '{answer_column}' of --answer-column")
     columns = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in columns} for row in rows]
+    for row in rows:
+        for name in columns:
+            row.setdefault(name, None)
+    return rows
 
 
 def check_prompt(prompt: Any, place: str):
@@ -1982,7 +1992,8 @@ def gsm8k_reward(completions, answer, **_) -> list[float | None]:
     for completion, want in zip(completions, answer, strict=True):
         number = None if want is None else gsm8k_number(str(want))
         if want is not None and number is None:
-            raise ValueError(f"no number in the answer {str(want)[:60]!r}")
+            what = f"no number in the answer {str(want)[:60]!r}"
+            raise ValueError(f"{what}; mend the row, or name the right column with --answer-column")
         scores.append(None if want is None else float(gsm8k_number(completion_text(completion)) == number))
     return scores
 
@@ -2243,7 +2254,11 @@ def check_rewards(rewards: list[Reward], rows: list[dict]):
     check_columns(rewards, list(columns))
     for reward in rewards:
         if reward.function in BUILTIN_REWARDS.values():
-            call_reward(reward, {**columns, "completions": [""] * len(rows)}, timeout=0)
+            for row in rows:
+                try:
+                    reward.function(**{name: [row[name]] for name in columns} | {"completions": [""]})
+                except (ValueError, TypeError, ArithmeticError) as error:  # of numbers that are none
+                    raise UserError(f"{getattr(row, 'place', 'a row')}: reward {reward.name}: {error}") from error
         elif reward.name == "reward_model":
             some = sorted(rows, key=lambda row: len(str(row["prompt"])))[:8]  # the shortest are not dropped as too long
             score([reward], [Prompt([], row["prompt"], {}) for row in some], [""] * len(some), [[]] * len(some))

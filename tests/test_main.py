@@ -555,6 +555,22 @@ def test_more_positions_than_the_model_has_are_refused(script, with_files, capfd
     assert_refused(status, capfd.readouterr(), "--max-new-tokens", with_files, before)
 
 
+@pytest.mark.parametrize("more", [0, 20])
+def test_a_bad_answer_is_named_with_file_and_line(tmp_path, more):
+    """Among the rows to train on (there are fewer than 10), and wherever the split puts it."""
+    good, path = {"prompt": "a", "answer": "#### 1", "target": 5, "nums": [2, 3]}, tmp_path / "rows.jsonl"
+    for name, bad, named in [
+        ("gsm8k", {"answer": "none"}, "reward gsm8k: no number in the answer 'none'; .* --answer-column"),
+        ("countdown", {"nums": ["x", 3]}, "reward countdown: .*'x'"),
+        ("countdown", {"nums": 5}, "reward countdown: .*not iterable"),
+        ("countdown", {"target": "1/0"}, "reward countdown: .*1"),
+    ]:
+        path.write_text("\n".join(map(json.dumps, [good] * 3 + [good | bad] + [good] * more)))
+        args = grpo.Args(dataset=str(path), reward=[name])
+        with pytest.raises(common.UserError, match=rf"^{path}:4: {named}"):
+            common.load_train_and_eval_rows(args, *common.load_all_rewards(args, None))
+
+
 def test_a_reward_that_fails_in_the_run_is_one_line_and_status_2(script, with_files, tiny_folder, capfd):
     (with_files / "fails.py").write_text("def f(completions, **_):\n    return [1 / 0 for _ in completions]\n")
     assert script("--model", tiny_folder, *SHORT, "--reward", "fails.py:f") == 2
