@@ -2367,13 +2367,10 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
     # Copied, so that a function which sorts, pops or appends does not spoil the next one's, or the next step's.
     inputs = {name: copied(value) for name, value in inputs.items()}
 
-    async def awaited(result):
-        return await result
-
     try:
         with time_limit(timeout):
             result = reward.function(**inputs)
-            return asyncio.run(awaited(result)) if inspect.isawaitable(result) else result
+            return event_loop().run_until_complete(result) if inspect.isawaitable(result) else result
     except RewardTimeout:
         raise UserError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} seconds") from None
     except UserError:
@@ -2382,6 +2379,12 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
         module = sys.modules.get(getattr(reward.function, "__module__", None))
         place = raised_at(error, getattr(module, "__file__", None))
         raise UserError(f"reward {reward.name} raised {one_line(error)} at {place}") from error
+
+
+@functools.cache
+def event_loop():
+    """One for the whole run, since a reward file's semaphores, locks and clients stay with the loop that first used them."""
+    return asyncio.new_event_loop()
 
 
 def copied(value: Any) -> Any:

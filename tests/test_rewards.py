@@ -1,5 +1,6 @@
 """Built-in verifiers, reward files, and how their scores are called, checked and summed."""
 
+import asyncio
 import math
 import signal
 import textwrap
@@ -499,6 +500,21 @@ def test_what_functions_log_follows_replaced_rows():
     assert scores.metrics == {"n": [3.0, 2.0]} and scores.extra == {"upper": ["X", "B", "Y"]}
 
 
+def test_async_functions_share_one_loop_with_what_their_file_made():
+    limit = asyncio.Semaphore(1)
+
+    async def limited(completions):
+        async def one(text):
+            async with limit:
+                await asyncio.sleep(0)
+                return float(len(text))
+
+        return await asyncio.gather(*map(one, completions))
+
+    for step in range(2):
+        assert run([limited, limited], ["a", "bc"]).total.tolist() == [2.0, 4.0]
+
+
 def test_weighted_sum_over_the_functions_that_apply():
     rewards = [
         common.Reward("a", lambda completions: [1.0, None, None], 2.0),
@@ -634,8 +650,6 @@ def test_time_limit_is_left_out_in_other_threads():
 
 
 def test_time_limit_reaches_async_functions():
-    import asyncio
-
     async def sleepy(completions, **kwargs):
         await asyncio.sleep(30)
 
