@@ -484,10 +484,13 @@ class Run:
         if "first rollout" not in self.said:
             self.said.add("first rollout")
             groups = f", {equal:.0%} of groups with equal scores" if "reward/frac_zero_std" in metrics else ""
-            self.say(f"first rollout: mean score {metrics['reward/mean']:.3g}, {cut:.0%} cut off{groups}")
+            score = "no scores" if math.isnan(metrics["reward/mean"]) else f"mean score {metrics['reward/mean']:.3g}"
+            self.say(f"first rollout: {score}, {cut:.0%} cut off{groups}")
         advice = {
             "no completion ends: the end token was never sampled; raise --max-new-tokens": cut == 1,
             "most completions are cut off at --max-new-tokens; raise it": 0.5 < cut < 1,
+            "no reward function applied to any completion (all gave None), so nothing is learned; look at --reward":
+                math.isnan(metrics["reward/mean"]),
             "all scores are equal, so nothing is learned; if they are not the best, look at --reward and the prompts":
                 metrics["reward/std"] == 0,
             "most groups have equal scores; take easier or harder prompts, or a larger --group-size": (
@@ -2704,6 +2707,8 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     means.add("completions/truncated_ratio", rollout.truncated.cpu(), rollout.lengths > 0)
     metrics = means.reduce(run)
     metrics["reward/std"] = max(metrics.pop("reward_square") - metrics["reward/mean"] ** 2, 0.0) ** 0.5
+    if not run.sum(valid.sum())[0]:  # no mean, rather than one of 0
+        metrics["reward/mean"] = metrics["reward/std"] = math.nan
     tokens, seconds = run.sum(rollout.lengths.sum())[0], sum(run.seconds.values())
     metrics |= {f"perf/{phase}_seconds": value for phase, value in run.seconds.items()}
     metrics["perf/tokens_per_second"] = float(tokens) / seconds

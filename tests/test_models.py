@@ -215,3 +215,13 @@ def test_a_reward_that_cannot_teach_is_said(tmp_path, texts, capsys):
     model = save_model(tmp_path / "model")
     train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", "format")
     assert "warning: all scores are equal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [grpo, ppo])
+def test_a_reward_that_never_applies_is_said(tmp_path, texts, capsys, script):
+    model, path = save_model(tmp_path / "model"), tmp_path / "none.py"
+    path.write_text("def none(completions, **kwargs):\n    return [None] * len(completions)\n")
+    folder = train(script, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{path}:none")
+    out = capsys.readouterr().out
+    assert "first rollout: no scores" in out and "warning: no reward function applied" in out and "are equal" not in out
+    assert math.isnan(helpers.scalars(folder)["reward/mean"][0])
