@@ -2363,7 +2363,7 @@ def dense_scores(
 
 def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
     """The function's own return value, given what its signature takes of the inputs."""
-    expected = parameters(reward.function)
+    completions, expected = inputs["completions"], parameters(reward.function)
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in expected):
         names = {parameter.name for parameter in expected}
         inputs = {name: value for name, value in inputs.items() if name in names}
@@ -2381,7 +2381,8 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
     except (Exception, SystemExit) as error:
         module = sys.modules.get(getattr(reward.function, "__module__", None))
         place = raised_at(error, getattr(module, "__file__", None))
-        raise UserError(f"reward {reward.name} raised {one_line(error)} at {place}") from error
+        called = f"called with {len(completions)} completions, the first: {completion_text(completions[0])[:40]!r}"
+        raise UserError(f"reward {reward.name} raised {one_line(error)} at {place}, {called}") from error
 
 
 @functools.cache

@@ -608,11 +608,11 @@ def test_an_exception_names_function_type_message_and_line(reward_file):
     )
     for name, named in [
         ("broken", rf"reward broken raised JSONDecodeError: Expecting .* at {path}:4"),
-        ("later", rf"reward later raised ValueError: two lines at {path}:6"),
+        ("later", rf"reward later raised ValueError: two lines at {path}:6, called with 2 completions, the first: 'not json'$"),
         ("leave", rf"reward leave raised SystemExit: 0 at {path}:8"),
     ]:
         with pytest.raises(common.UserError, match=named) as error:
-            run(common.load_rewards([f"{path}:{name}"], None), ["not json"])
+            run(common.load_rewards([f"{path}:{name}"], None), ["not json", "{}"])
         assert "\n" not in str(error.value)
     with pytest.raises(common.UserError, match="reward exact raised"):
         run([common.Reward("exact", lambda completions: 1 / 0)], ["a"])
