@@ -34,6 +34,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import typing
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -273,6 +274,8 @@ class Run:
         self.micro_batch_tokens = args.micro_batch_tokens
         self.skipped_updates = self.skipped_in_a_row = 0  # in this step, and up to now
         self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
+        # What TRL's reward functions read: steps done so far, and in all.
+        self.trainer_state = types.SimpleNamespace(global_step=0, max_steps=args.steps)
         self.catch_signals()
         if args.model != "tiny" and not args.resume:
             self.say_defaults()
@@ -358,6 +361,7 @@ class Run:
         form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # fits into 80 columns
         numbers, total = range(first, self.args.steps + 1), self.args.steps
         self.bar = progress(numbers, None, initial=first - 1, total=total, bar_format=form)
+        self.trainer_state.global_step = first - 1
         return self.bar
 
     def phase(self, name: str | None):
@@ -490,10 +494,13 @@ class Run:
         if "first rollout" not in self.said:
             self.said.add("first rollout")
             groups = f", {equal:.0%} of groups with equal scores" if "reward/frac_zero_std" in metrics else ""
-            self.say(f"first rollout: mean score {metrics['reward/mean']:.3g}, {cut:.0%} cut off{groups}")
+            score = "no scores" if math.isnan(metrics["reward/mean"]) else f"mean score {metrics['reward/mean']:.3g}"
+            self.say(f"first rollout: {score}, {cut:.0%} cut off{groups}")
         advice = {
             "no completion ends: the end token was never sampled; raise --max-new-tokens": cut == 1,
             "most completions are cut off at --max-new-tokens; raise it": 0.5 < cut < 1,
+            "no reward function applied to any completion (all gave None), so nothing is learned; look at --reward":
+                math.isnan(metrics["reward/mean"]),
             "all scores are equal, so nothing is learned; if they are not the best, look at --reward and the prompts":
                 metrics["reward/std"] == 0,
             "most groups have equal scores; take easier or harder prompts, or a larger --group-size": (
@@ -506,16 +513,17 @@ class Run:
             if holds:
                 self.warn_once(text)
 
-    def log_samples(self, step, prompts, completions, scores):
-        """A table of the first completions with their scores, after the last step also in the terminal."""
+    def log_samples(self, step, prompts, completions, scores, extra):
+        """A table of the first completions with their scores and the columns of `extra`, after the last step without
+        these also in the terminal."""
         if self.rank > 0 or self.args.log_samples == 0:
             return
         n = self.args.log_samples
         rows = [(str(p.prompt), text, f"{score:.3g}") for p, text, score in zip(prompts[:n], completions, scores.tolist())]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row) + " |" for row in rows]
-        self.writer.add_text(
-            "completions/samples", "\n".join(["| prompt | completion | score |", "|---|---|---|", *lines]), step
-        )
+        table = [("prompt", "completion", "score", *extra), ["---"] * (3 + len(extra))]
+        table += [(*row, *map(str, cells)) for row, *cells in zip(rows, *extra.values())]
+        table = [[cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row] for row in table]
+        self.writer.add_text("completions/samples", "\n".join(f"| {' | '.join(row)} |" for row in table), step)
         if step == self.args.steps:
             one_line = [("prompt", "completion", "score")] + [
                 (prompt[-30:].replace("\n", " "), text[:38].replace("\n", " "), score[:8]) for prompt, text, score in rows
@@ -1633,6 +1641,12 @@ class Prompt:
     columns: dict[str, Any]  # the row's other columns, passed to reward functions by name
 
 
+class Row(dict):
+    """A row of a dataset that knows where it was read."""
+
+    place = ""
+
+
 def one_line(error: BaseException) -> str:
     """Type and message of an exception on one line of bounded length."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
@@ -1664,7 +1678,8 @@ def load_rows(dataset: str, split: str, prompt_column: str = "prompt", answer_co
                 f"name the right one with --prompt-column"
             )
         check_prompt(row[prompt_column], place)
-        row = {**row, "prompt": row[prompt_column]}
+        row = Row(row, prompt=row[prompt_column])
+        row.place = place
         if answer_column != "answer":
             row["answer"] = row.get(answer_column)
         rows.append(row)
@@ -1673,7 +1688,10 @@ def load_rows(dataset: str, split: str, prompt_column: str = "prompt", answer_co
     if answer_column != "answer" and all(row["answer"] is None for row in rows):
         raise UserError(f"{dataset}: no row has the column '{answer_column}' of --answer-column")
     columns = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in columns} for row in rows]
+    for row in rows:
+        for name in columns:
+            row.setdefault(name, None)
+    return rows
 
 
 def check_prompt(prompt: Any, place: str):
@@ -1921,35 +1939,56 @@ def exact_reward(completions, answer, **_) -> list[float | None]:
 
 # It begins with the digits, which keeps the search fast; SIGN looks at what stands before them: a
 # minus, unless it follows an operand (10-5), a currency sign, a leading point.
-NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:/([0-9]+))?")
-SIGN = re.compile(r"((?<![\w)\]}%.])[-\u2212])?(?:\\?[$€£¥₹])?((?<![\w.])\.)?\Z")
+NUMBER = re.compile(r"(?:([0-9]+) (?=[0-9]+/[0-9]))?([0-9]+(?:[,_][0-9]{3}(?![0-9]))*(?:\.[0-9]+)?)(?:/([0-9]+))?")
+SIGN = re.compile(r"((?<![\w)\]}%.])[-\u2212\u2013])?(?:\\?[$€£¥₹])?((?<![\w.])\.)?\Z")
+# What shows that a number is a piece of something else (10^3, 2\sqrt{3}, 6 * 7, 5:30, 1e3, 10 000) and not the number
+# that is meant. Units, degrees and the stars of *emphasis* are no such thing.
+GOES_ON = re.compile(
+    r"\s*(?:\^(?!\{?\\circ)|\\(?!text|math|mbox|circ|deg|q?quad|right|approx)[A-Za-z])"
+    r"|\s*[-+*/×÷\u2212\u2013]\s*\\?[$€£¥₹]?[0-9(]|\s?\*\*[0-9(]|[²³¹⁰-⁹¼-¾⅐-⅞]|[_.,:][0-9]|[eE][-+]?[0-9]|\s[0-9]|\([0-9]"
+)
+BEGAN_BEFORE = re.compile(
+    r"(?:(?:[^\W_]|[)}\]])(?:[*/×÷+_]| [*/×÷+] )|\^\{?|[0-9](?:[.:]|[eE][-+]?)"
+    r"|\\(?:sqrt|[dt]?frac|binom|log|ln|sin|cos|tan|pi|times|cdot|div|pm) ?[{\[]?)\Z"
+)
 
 
 def gsm8k_number(text: str) -> Fraction | None:
     r"""The number that a solution ends with, exactly; None if it has none.
 
     Where it is looked for: inside the last \boxed{...} if there is one, else on the line after the
-    last ####, else anywhere. In the first two it is the first number after the last "=", so that a
-    unit may follow; anywhere means the last number of the text. Thousands separators, currency and
-    percent signs do not count, a/b and \frac{a}{b} are fractions; 42, 42.0 and \$42.00 are equal.
+    last ####, else anywhere. In the first two it is the first number after the last "=" that one
+    follows, so that a unit may stand behind it; anywhere means the last number of the text. What is
+    part of an expression, as in 10^3, is none. Thousands separators, currency and percent signs do
+    not count, a/b, \frac{a}{b} and 4\frac{1}{2} are fractions; 42, 42.0 and \$42.00 are equal.
     """
     text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")  # TeX's spacing in 10{,}000
+    text = re.sub(r"\\[dt]?frac(?:\{([^{}]*)\}\{([^{}]*)\}|([0-9])([0-9]))", fraction_as_text, text)
     boxed = last_match(r"\\boxed\s*\{", text)
     if boxed:
         region = braced(text, boxed.end())
     else:
         region = text.rpartition("####")[2].strip().partition("\n")[0]
     if boxed or "####" in text:
-        region = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", region.rpartition("=")[2])
-        found = NUMBER.search(region)
+        region = re.sub(r"(?<=\S) +\([^()=]*=[^()]*\)", "", region)  # a remark: 18 (9 = 3*3)
+        found = next(filter(None, map(NUMBER.search, reversed(region.split("=")))), None)
     else:
         found = last_match(NUMBER, text)
     # A hundred digits are enough: Python refuses to convert thousands, and int() is quadratic.
-    if not found or len(found[0]) > 100 or (found[1] and int(found[1]) == 0):
+    if not found or len(found[0]) > 100 or (found[3] and int(found[3]) == 0):
         return None
-    before = SIGN.search(found.string, max(0, found.start() - 5), found.start())
-    value = Fraction((before[2] or "") + found[0].partition("/")[0].replace(",", "")) / int(found[1] or 1)
+    text, start = found.string, found.start()
+    before = SIGN.search(text, max(0, start - 5), start)
+    if GOES_ON.match(text, found.end()) or BEGAN_BEFORE.search(text[max(0, start - 20) : before.start()]):
+        return None
+    value = Fraction((before[2] or "") + re.sub("[,_]", "", found[2])) / int(found[3] or 1) + int(found[1] or 0)
     return -value if before[1] else value
+
+
+def fraction_as_text(found: re.Match) -> str:
+    r"""\frac{1}{2} as 1/2, and after a digit, in 4\frac{1}{2}, with a space before it."""
+    space = " " if found.string[found.start() - 1 : found.start()].isdigit() else ""
+    return f"{space}{found[1] or found[3] or ''}/{found[2] or found[4] or ''}"
 
 
 def last_match(pattern: str | re.Pattern, text: str) -> re.Match | None:
@@ -1972,7 +2011,8 @@ def gsm8k_reward(completions, answer, **_) -> list[float | None]:
     for completion, want in zip(completions, answer, strict=True):
         number = None if want is None else gsm8k_number(str(want))
         if want is not None and number is None:
-            raise ValueError(f"no number in the answer {str(want)[:60]!r}")
+            what = f"no number in the answer {str(want)[:60]!r}"
+            raise ValueError(f"{what}; mend the row, or name the right column with --answer-column")
         scores.append(None if want is None else float(gsm8k_number(completion_text(completion)) == number))
     return scores
 
@@ -1992,7 +2032,10 @@ def countdown_reward(completions, target=None, nums=None, answer=None, numbers=N
             scores.append(None)
             continue
         equation, equals, claim = countdown_equation(completion_text(completion)).partition("=")
-        made = arithmetic(equation, [int(number) for number in given]) == Fraction(want)
+        given = [Fraction(number) for number in given]
+        if any(number.denominator > 1 for number in given):
+            raise ValueError(f"the numbers {', '.join(map(str, given))} are not all integers")
+        made = arithmetic(equation, given) == Fraction(want)
         scores.append(float(made and (not equals or gsm8k_number(claim) == Fraction(want))))
     return scores
 
@@ -2007,7 +2050,7 @@ def countdown_equation(text: str) -> str:
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-def arithmetic(expression: str, given: list[int]) -> Fraction | None:
+def arithmetic(expression: str, given: list[Fraction]) -> Fraction | None:
     """Value of + - * / and parentheses over exactly the given integers; None for anything else."""
 
     def value(node: ast.expr) -> Fraction:
@@ -2071,11 +2114,11 @@ class Reward:
 class Scores:
     total: Tensor  # (B,) float32, weighted sum over the functions that apply, NaN where none does
     by_function: dict[str, Tensor]  # (B,) float32 each, unweighted, dense ones summed, NaN for None
-    # Only when a function returned lists: for each sample one weighted float a completion token,
-    # plain scores standing on the last one; None where no function applies.
-    dense: list[list[float] | None] | None
-    metrics: dict[str, float]  # what functions gave to log_metric(name, value)
-    extra: dict[str, list]  # what functions gave to log_extra(column, values)
+    # Only when a function returned lists: for each sample one weighted float a completion token, plain
+    # scores standing on the last one, and None where no step ends; None for it all where no function applies.
+    dense: list[list[float | None] | None] | None
+    metrics: dict[str, list[float]]  # what functions gave to log_metric(name, value), call by call
+    extra: dict[str, list]  # what functions gave to log_extra(column, values), B values a column
 
     def replace(self, rows: list[int], other: "Scores"):
         """Put the scores of `other` in the places of `rows`."""
@@ -2088,6 +2131,12 @@ class Scores:
             self.dense = self.dense or [None] * len(self.total)
             for row, values in zip(rows, other.dense or [None] * len(rows)):
                 self.dense[row] = values
+        for name, values in other.metrics.items():
+            self.metrics[name] += values
+        for column, values in other.extra.items():
+            mine = self.extra.setdefault(column, [None] * len(self.total))
+            for row, value in zip(rows, values):
+                mine[row] = value
 
 
 def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
@@ -2099,6 +2148,8 @@ def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
     if weights is not None and len(weights) != len(names):
         raise UserError(f"--reward-weights has {len(weights)} numbers for {len(names)} rewards")
     rewards, modules = [], {}
+    # Other scalars, reward/mean and so on, have these names.
+    taken = {"mean", "std", "frac_zero_std", "resampled_groups", "reward_model"}
     for i, name in enumerate(names):
         path, colon, attribute = name.rpartition(":")
         if name in BUILTIN_REWARDS:
@@ -2111,9 +2162,9 @@ def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
                 raise UserError(f"reward {name}: {path} defines no function '{attribute}'")
         else:
             raise UserError(f"no reward '{name}': take {', '.join(BUILTIN_REWARDS)} or file.py:function")
-        taken = {reward.name for reward in rewards}
         log_names = (attribute if n == 1 else f"{attribute}_{n}" for n in itertools.count(1))
         log_name = next(candidate for candidate in log_names if candidate not in taken)
+        taken.add(log_name)
         rewards.append(Reward(log_name, function, 1.0 if weights is None else weights[i]))
     return rewards
 
@@ -2129,7 +2180,9 @@ def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
     rewards = load_rewards(names, weights[: len(names)])
     if args.reward_model:
         rewards.append(Reward("reward_model", load_reward_model(args, run), weights[-1]))
-    return rewards, load_rewards([args.eval_reward], None)[0] if args.eval_reward else rewards[0]
+    if args.eval_reward:
+        return rewards, load_rewards([args.eval_reward], None)[0]
+    return rewards, dataclasses.replace(rewards[0], weight=1.0)  # what is right does not depend on how much it counts
 
 
 def load_reward_model(args, run) -> Callable:
@@ -2145,10 +2198,26 @@ def load_reward_model(args, run) -> Callable:
             f"--reward-model {args.reward_model}: has {model.config.num_labels} labels; a reward is a single number"
         )
 
+    config, known = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
+    room = getattr(config, "max_position_embeddings", None) or 0
+    if 0 < room <= args.max_new_tokens:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: --reward-model {args.reward_model} has {room} positions")
+    if config.pad_token_id is None:  # transformers would refuse more than one row at a time
+        config.pad_token_id = -1  # the id of no token, for rows of one length need none
+
     def ids_of(prompt, completion):
+        if not isinstance(prompt, str) and not tokenizer.chat_template:
+            raise UserError(f"--reward-model {args.reward_model}: has no chat template, but the prompts are chats")
         if isinstance(prompt, str):
-            return tokenizer(prompt + completion).input_ids
-        return tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
+            ids = tokenizer(prompt + completion).input_ids
+        else:
+            ids = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
+        if 0 < room < len(ids):
+            what = f"has {room} positions, but a prompt with its completion {len(ids)} tokens"
+            raise UserError(f"--reward-model {args.reward_model}: {what}; lower --max-prompt-tokens or --max-new-tokens")
+        if max(ids) >= known:
+            raise UserError(f"--reward-model {args.reward_model}: its tokenizer gives token {max(ids)}, but it knows {known}")
+        return ids
 
     @torch.no_grad()
     def reward(prompts, completions, **_):
@@ -2197,13 +2266,21 @@ def raised_at(error: BaseException, path: str | None) -> str:
 def check_rewards(rewards: list[Reward], rows: list[dict]):
     """Raises UserError, before anything is sampled, for rewards that cannot score these rows.
 
-    Checked for all: the columns that they demand; for the built-in ones also what the columns hold.
+    Checked for all: the columns that they demand; for the built-in ones also what the columns hold, and for a reward
+    model whether it takes prompts of this kind.
     """
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     check_columns(rewards, list(columns))
     for reward in rewards:
         if reward.function in BUILTIN_REWARDS.values():
-            call_reward(reward, {**columns, "completions": [""] * len(rows)}, timeout=0)
+            for row in rows:
+                try:
+                    reward.function(**{name: [row[name]] for name in columns} | {"completions": [""]})
+                except (ValueError, TypeError, ArithmeticError) as error:  # of numbers that are none
+                    raise UserError(f"{getattr(row, 'place', 'a row')}: reward {reward.name}: {error}") from error
+        elif reward.name == "reward_model":
+            some = sorted(rows, key=lambda row: len(str(row["prompt"])))[:8]  # the shortest are not dropped as too long
+            score([reward], [Prompt([], row["prompt"], {}) for row in some], [""] * len(some), [[]] * len(some))
 
 
 # What a function is offered beside the columns. TRL's documentation has it as completions_ids, too.
@@ -2246,7 +2323,13 @@ def score(
     Raises UserError naming the function, and the sample where there is one, for an exception, a
     wrong number of scores, a score that is no finite number, a dense list of the wrong length.
     """
-    metrics, extra = {}, {}
+    metrics, extra = defaultdict(list), {}
+
+    def log_extra(column, values):
+        if len(values) != len(prompts):
+            raise ValueError(f"log_extra({column!r}) got {len(values)} values for {len(prompts)} completions")
+        extra[str(column)] = list(values)
+
     columns = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
     check_columns(rewards, columns)
     inputs = {name: [prompt.columns.get(name) for prompt in prompts] for name in columns}
@@ -2256,14 +2339,14 @@ def score(
         for prompt, text in zip(prompts, completions, strict=True)
     ]
     inputs["completion_ids"] = inputs["completions_ids"] = completion_ids
-    inputs["trainer_state"] = trainer_state
-    inputs["log_extra"], inputs["log_metric"] = extra.__setitem__, metrics.__setitem__
+    inputs["trainer_state"], inputs["log_extra"] = trainer_state, log_extra
+    inputs["log_metric"] = lambda name, value: metrics[name].append(float(value))
     returned = {
         reward.name: checked_scores(reward.name, call_reward(reward, inputs, timeout), completion_ids) for reward in rewards
     }
 
     def as_float(value):
-        return math.nan if value is None else float(sum(value) if isinstance(value, list) else value)
+        return math.nan if value is None else float(sum(v or 0 for v in value) if isinstance(value, list) else value)
 
     by_function = {name: torch.tensor([as_float(v) for v in values]) for name, values in returned.items()}
     weights = {reward.name: reward.weight for reward in rewards}
@@ -2274,37 +2357,39 @@ def score(
 
 def dense_scores(
     weights: dict[str, float], returned: dict[str, list], completion_ids: list[list[int]]
-) -> list[list[float] | None] | None:
-    """Weighted sum of what the functions returned, a float a token; None if they returned no list."""
+) -> list[list[float | None] | None] | None:
+    """Weighted sum of what the functions returned, a float a token; None if they returned no list.
+
+    In a list 0 and None say that no step ends there (0 so that functions written for PPO work); a plain score always
+    ends one, on the last token.
+    """
     if not any(isinstance(value, list) for values in returned.values() for value in values):
         return None
-    samples: list[list[float] | None] = [None] * len(completion_ids)
+    samples: list[list[float | None] | None] = [None] * len(completion_ids)
     for name, values in returned.items():
         for i, value in enumerate(values):
+            if value is None or weights[name] == 0:  # a function without weight is watched, and ends no step
+                continue
             length = len(completion_ids[i])
-            steps = value if isinstance(value, list) else [0.0] * (length - 1) + [value]
-            if value is not None:
-                before = samples[i] or [0.0] * length
-                samples[i] = [a + weights[name] * b for a, b in zip(before, steps, strict=False)]
+            steps = [v or None for v in value] if isinstance(value, list) else [None] * (length - 1) + [value]
+            before = samples[i] or [None] * length
+            samples[i] = [a if b is None else (a or 0.0) + weights[name] * b for a, b in zip(before, steps, strict=False)]
     return samples
 
 
 def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
     """The function's own return value, given what its signature takes of the inputs."""
-    expected = parameters(reward.function)
+    completions, expected = inputs["completions"], parameters(reward.function)
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in expected):
         names = {parameter.name for parameter in expected}
         inputs = {name: value for name, value in inputs.items() if name in names}
-    # Lists are copied, so that a function which sorts or pops does not spoil the next one's.
-    inputs = {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
-
-    async def awaited(result):
-        return await result
+    # Copied, so that a function which sorts, pops or appends does not spoil the next one's, or the next step's.
+    inputs = {name: copied(value) for name, value in inputs.items()}
 
     try:
         with time_limit(timeout):
             result = reward.function(**inputs)
-            return asyncio.run(awaited(result)) if inspect.isawaitable(result) else result
+            return event_loop().run_until_complete(result) if inspect.isawaitable(result) else result
     except RewardTimeout:
         raise UserError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} seconds") from None
     except UserError:
@@ -2312,7 +2397,21 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
     except (Exception, SystemExit) as error:
         module = sys.modules.get(getattr(reward.function, "__module__", None))
         place = raised_at(error, getattr(module, "__file__", None))
-        raise UserError(f"reward {reward.name} raised {one_line(error)} at {place}") from error
+        called = f"called with {len(completions)} completions, the first: {completion_text(completions[0])[:40]!r}"
+        raise UserError(f"reward {reward.name} raised {one_line(error)} at {place}, {called}") from error
+
+
+@functools.cache
+def event_loop():
+    """One for the whole run, since a reward file's semaphores, locks and clients stay with the loop that first used them."""
+    return asyncio.new_event_loop()
+
+
+def copied(value: Any) -> Any:
+    """The same lists and dicts anew, none in two places; anything else in them as it is."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
 
 
 class RewardTimeout(BaseException):
@@ -2356,7 +2455,7 @@ def checked_scores(name: str, result: Any, completion_ids: list[list[int]]) -> l
             lengths = f"{len(value)} scores for {len(completion_ids[i])} completion tokens"
             raise UserError(f"reward {name} gave sample {i} {lengths}")
         for number in value if isinstance(value, list) else [value]:
-            if number is None and value is None:
+            if number is None:  # in a list: no step ends there
                 continue
             if not isinstance(number, numbers.Real):
                 raise UserError(f"reward {name} gave sample {i} {number!r:.40}, which is not a number")
@@ -2386,30 +2485,33 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
     """Greedy accuracy on `prompts`: the share of completions that `reward` gives at least 1.
 
     Where prompts have a column "level", also the accuracy of each level. With --eval-samples n also pass@k for
-    k = 1, 2, 4, ..., n, unbiased, from n samples a prompt at the training temperature.
+    k = 1, 2, 4, ..., n, unbiased, from n samples a prompt at the training temperature. Completions to which the
+    reward does not apply (None) are left out, and a prompt of which fewer than k remain does not count in pass@k.
     """
     n, means, mine = run.args.eval_samples, Means(), prompts[run.rank :: run.world]
 
-    def count_correct(some, copies, uniforms):
+    def judged(some, copies, uniforms):  # for each prompt, which of its completions are right
         rollout = sampler.sample([prompt.ids for prompt in some], copies, uniforms)
         repeated = [prompt for prompt in some for _ in range(copies)]
-        scores = score([reward], repeated, *decode(tokenizer, rollout), run.args.reward_timeout).total
+        texts, ids = decode(tokenizer, rollout)
+        scores = score([reward], repeated, texts, ids, run.args.reward_timeout, run.trainer_state).total
         if uniforms is None:
             means.add("eval/reward", scores.nan_to_num(0), ~scores.isnan())
-        return (scores >= 1).view(-1, copies).sum(dim=1).tolist()
+        return [row[~row.isnan()] >= 1 for row in scores.view(-1, copies)]
 
     size = max(256 // max(n, 1), 1)
     for start in inner_progress(range(0, len(mine), size), "evaluation"):
         some = mine[start : start + size]
-        for prompt, correct in zip(some, count_correct(some, 1, None)):
-            means.add("eval/accuracy", correct)
-            if "level" in prompt.columns:
-                means.add(f"eval/accuracy_{prompt.columns['level']}", correct)
+        for prompt, right in zip(some, judged(some, 1, None)):
+            means.add("eval/accuracy", right)
+            if "level" in prompt.columns and len(right):
+                means.add(f"eval/accuracy_{prompt.columns['level']}", right)
         if n:
             uniforms = run.uniforms(start * run.world + run.rank, 5, len(some) * n, sampler.C)
-            for correct in count_correct(some, n, uniforms):
+            for right in judged(some, n, uniforms):
                 for k in sorted({n} | {2**i for i in range(n.bit_length())}):
-                    means.add(f"eval/pass@{k}", pass_at_k(n, correct, k))
+                    if k <= len(right):
+                        means.add(f"eval/pass@{k}", pass_at_k(len(right), int(right.sum()), k))
     return means.reduce(run)
 
 
@@ -2568,12 +2670,13 @@ def mean_and_variance(run, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.as_tensor(mean), torch.as_tensor(squares / max(count - 1, 1))
 
 
-def dense_table(dense: list[list[float] | None], rollout: Rollout) -> Tensor:
-    """Rewards given token by token, as a (B, C) tensor; 0 where there is none."""
-    table = torch.zeros(rollout.completion_ids.shape)
+def dense_table(dense: list[list[float | None] | None], rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Rewards given token by token, 0 where there is none, and the tokens at which a step ends: both (B, C)."""
+    table = torch.full(rollout.completion_ids.shape, math.nan)
     for row, values in zip(table, dense):
-        row[: len(values or [])] = torch.tensor(values or [])
-    return table.to(rollout.completion_ids.device)
+        row[: len(values or [])] = torch.tensor([math.nan if value is None else value for value in values or []])
+    table = table.to(rollout.completion_ids.device)
+    return table.nan_to_num(0), ~table.isnan()
 
 
 def update_flops(models: list[nn.Module], rollout: Rollout) -> float:
@@ -2609,11 +2712,14 @@ def matrix_rate(device, dtype) -> float:
 def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners: list[nn.Module]) -> dict[str, float]:
     """What both scripts log of a step, with what the script itself has put into `means`."""
     run.phase(None)
+    run.trainer_state.global_step += 1
     total, valid = rollout.scores.nan_to_num(0), ~rollout.scores.isnan()
     means.add("reward/mean", total, valid)
     means.add("reward_square", total.square(), valid)
     for name, values in scores.by_function.items():
         means.add(f"reward/{name}", values.nan_to_num(0), ~values.isnan())
+    for name, values in scores.metrics.items():
+        means.add(f"reward/metric/{name}", values)
     means.add("completions/mean_length", rollout.lengths, rollout.lengths > 0)
     means.add("completions/truncated_ratio", rollout.truncated.cpu(), rollout.lengths > 0)
     metrics = means.reduce(run)
@@ -2621,6 +2727,8 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     highest = run.max(float(rollout.scores.nan_to_num(-math.inf).max()))
     lowest = -run.max(float(-rollout.scores.nan_to_num(math.inf).min()))
     metrics["reward/std"] = max(variance, 0.0) ** 0.5 if highest > lowest else 0.0  # variance may be off by a rounding error
+    if highest < lowest:  # no completion has a score: no mean, rather than one of 0
+        metrics["reward/mean"] = metrics["reward/std"] = math.nan
     tokens, seconds = run.sum(rollout.lengths.sum())[0], sum(run.seconds.values())
     metrics |= {f"perf/{phase}_seconds": value for phase, value in run.seconds.items()}
     metrics["perf/tokens_per_second"] = float(tokens) / seconds

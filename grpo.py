@@ -202,13 +202,15 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
     return (((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))).float()
 
 
-def process_advantages(step_rewards: Tensor, group_size: int) -> Tensor:
-    """Process supervision, section 4.1.3 of arXiv:2402.03300: step_rewards (B, C), 0 where no step ends -> (B, C).
+def process_advantages(step_rewards: Tensor, group_size: int, step_ends: Tensor | None = None) -> Tensor:
+    """Process supervision, section 4.1.3 of arXiv:2402.03300: step_rewards (B, C) -> (B, C).
 
-    So a wrong step needs a reward other than 0, -1 say. The step rewards of a group are compared with each other as
-    scores are; a token's advantage is the sum of those of the steps that end at it or after it.
+    A step ends at the tokens of `step_ends` (B, C), by default where the reward is not 0. The step rewards of a group
+    are compared with each other as scores are; a token's advantage is the sum of those of the steps that end at it or
+    after it.
     """
-    steps = step_rewards.masked_fill(step_rewards == 0, math.nan).flatten()  # (B C,)
+    step_ends = step_rewards != 0 if step_ends is None else step_ends
+    steps = step_rewards.masked_fill(~step_ends, math.nan).flatten()  # (B C,)
     normalised = group_advantages(steps, group_size * step_rewards.shape[1]).view_as(step_rewards)
     return normalised.flip(1).cumsum(1).flip(1)
 
@@ -272,7 +274,7 @@ def main(args: Args) -> int:
 
         # ---- Score: the only thing that the policy learns from ----
         run.phase("reward")
-        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
+        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
         if args.dynamic_sampling:
             resampled = resample_equal_groups(
                 run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores
@@ -294,7 +296,13 @@ def main(args: Args) -> int:
             rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
         else:
             run.warn_once("process supervision: --advantage, --scale-rewards and --overlong-buffer do not act on lists of rewards")
-            rollout.advantages = process_advantages(common.dense_table(scores.dense, rollout), G)  # (B, C)
+            step_rewards, step_ends = common.dense_table(scores.dense, rollout)  # (B, C)
+            rollout.advantages = process_advantages(step_rewards, G, step_ends)  # (B, C)
+            if not rollout.advantages.any() and not has_equal_scores(scores.total, G).all():
+                run.warn_once(
+                    "nothing is learned from lists of rewards whose steps are all equal: "
+                    "a step reward of 0 means that no step ends there; give a wrong step -1"
+                )
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
         run.phase("update")
@@ -349,7 +357,7 @@ def main(args: Args) -> int:
             sampler.refresh(policy)
             metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
-        run.log_samples(step, step_prompts, texts, rollout.scores)
+        run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)
         state |= {"step": step, "accuracy": metrics.get("eval/accuracy")}
         stopped = run.must_stop()
         if stopped or (args.save_every and step % args.save_every == 0):
@@ -385,7 +393,8 @@ def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollo
         new = sampler.sample([prompt.ids for prompt in others], G, uniforms[: len(rows)])
         new_prompts, (new_texts, new_ids) = [prompt for prompt in others for _ in range(G)], common.decode(tokenizer, new)
         rollout.replace(rows, new)
-        scores.replace(rows.tolist(), common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout))
+        new_scores = common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout, run.trainer_state)
+        scores.replace(rows.tolist(), new_scores)
         for row, prompt, text in zip(rows.tolist(), new_prompts, new_texts):
             step_prompts[row], texts[row] = prompt, text
         replaced += len(groups)

@@ -224,7 +224,7 @@ def main(args: Args) -> int:
 
         # ---- Score: the only thing that the policy learns from ----
         run.phase("reward")
-        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout)
+        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
         rollout.scores = scores.total.to(run.device)  # (B,)
         rollout.leave_out(scores.total.isnan())  # no reward function applies to these: they count nowhere
 
@@ -237,7 +237,7 @@ def main(args: Args) -> int:
         mask = rollout.completion_mask  # (B, C)
         rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
         kl = None if reference is None else kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
-        dense = None if scores.dense is None else common.dense_table(scores.dense, rollout)
+        dense = None if scores.dense is None else common.dense_table(scores.dense, rollout)[0]
         token_rewards = on_last_token(rollout.scores, mask) if dense is None else dense
         token_rewards = token_rewards - on_last_token(args.truncation_penalty * rollout.truncated, mask)
         if kl is not None:
@@ -304,7 +304,7 @@ def main(args: Args) -> int:
             sampler.refresh(policy)
             metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
-        run.log_samples(step, step_prompts, texts, rollout.scores)
+        run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)
         state |= {"step": step, "accuracy": metrics.get("eval/accuracy")}
         stopped = run.must_stop()
         if stopped or (args.save_every and step % args.save_every == 0):

@@ -296,6 +296,15 @@ def test_process_advantages_by_hand():
     torch.testing.assert_close(got, torch.tensor([[0.0, 0.0, one, one], [0.0, 0.0, 0.0, 0.0]]), atol=1e-6, rtol=0)
 
 
+def test_a_step_that_ends_with_a_reward_of_0_counts():
+    """Steps 0 and 2 have mean 1 and standard deviation sqrt 2."""
+    rewards, ends = torch.tensor([[0.0, 0.0], [0.0, 2.0]]), torch.tensor([[False, True], [False, True]])
+    got = grpo.process_advantages(rewards, 2, ends)
+    one = 1 / (math.sqrt(2) + 1e-4)
+    torch.testing.assert_close(got, torch.tensor([[-one, -one], [one, one]]), atol=1e-6, rtol=0)
+    assert (grpo.process_advantages(rewards, 2) == 0).all()
+
+
 # ---------------------------------------------------------------- ratio, surrogate, clip
 
 

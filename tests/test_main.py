@@ -13,10 +13,12 @@ import helpers
 import pytest
 import safetensors.torch
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import grpo
+import ppo
 
 ROOT = Path(__file__).parents[1]
 STEPS = 30
@@ -279,6 +281,32 @@ def test_dynamic_sampling_replaces_groups_and_keeps_prompts_texts_and_scores_tog
     torch.testing.assert_close(scored, rollout.sampler_logprobs, atol=1e-4, rtol=0)
 
 
+def test_evaluation_leaves_out_what_no_reward_applies_to():
+    """Of four samples: prompt a has none that counts, b one that is right, c two of three right, d four wrong."""
+    run = helpers.make_run(eval_samples=4, max_new_tokens=2)
+    tokenizer = common.tiny_tokenizer()
+    sampler = common.Sampler(common.tiny_model(tokenizer, 0), {tokenizer.eos_token_id}, 1.0, 2)
+    verdicts = {"1+1=": [None] * 4, "1+2=": [1.0, None, None, None], "1+3=": [0.0, 1.0, None, 1.0], "1+4=": [0.0] * 4}
+    prompts = [common.Prompt(tokenizer(text).input_ids, text, {"level": text[2]}) for text in verdicts]
+
+    def some(prompts, **_):  # called with the greedy completions, one a prompt, and with the samples
+        copies = len(prompts) // len(verdicts)
+        return [score for text in prompts[::copies] for score in verdicts[text][:copies]]
+
+    metrics = common.evaluate(run, sampler, tokenizer, prompts, common.Reward("some", some))
+    assert metrics["eval/accuracy"] == metrics["eval/reward"] == pytest.approx(1 / 3)  # b is right, c and d are not
+    assert [metrics[f"eval/accuracy_{level}"] for level in "234"] == [1.0, 0.0, 0.0]
+    assert metrics["eval/pass@1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert metrics["eval/pass@2"] == pytest.approx((1 + 0) / 2) and metrics["eval/pass@4"] == 0.0
+
+
+def test_a_weight_does_not_change_what_evaluation_counts_as_right():
+    args = grpo.Args(reward=["exact", "format"], reward_weights=[0.5, 2.0])
+    rewards, eval_reward = common.load_all_rewards(args, None)
+    assert [reward.weight for reward in rewards] == [0.5, 2.0]
+    assert (eval_reward.name, eval_reward.function, eval_reward.weight) == ("exact", common.exact_reward, 1.0)
+
+
 @pytest.mark.parametrize("flags", ["--dynamic-sampling", "--advantage rloo", "--advantage batch", "--overlong-buffer 2", "--tis-cap 0 --dtype bfloat16"])
 def test_options_of_the_family_run_to_the_end(script, tiny_folder, tmp_path, flags, capsys):
     (tmp_path / "rewards.py").write_text("def some(completion_ids, **_):\n    return [None if i[0] % 3 == 0 else sum(i) / 10 for i in completion_ids]\n")
@@ -297,6 +325,43 @@ def test_dense_rewards_reach_the_update(script, tiny_folder, tmp_path):
         assert script("--model", tiny_folder, *SHORT, *flags) == 0
         before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny_folder, tmp_path / name / "final"))
         assert all(torch.equal(before[key], after[key]) for key in before) == same
+
+
+@pytest.mark.parametrize("module", [grpo, ppo], ids=["grpo", "ppo"])
+def test_functions_of_trl_read_the_state_and_log_numbers_and_columns(script, monkeypatch, tiny_folder, tmp_path, module):
+    """Steps done at each call: the first evaluation, two rollouts, the last evaluation."""
+    (tmp_path / "rewards.py").write_text(
+        "def logs(completions, trainer_state, log_extra, log_metric, **_):\n"
+        "    print(trainer_state.global_step, trainer_state.max_steps, file=open('seen.txt', 'a'))\n"
+        "    log_extra('gold | one', ['x%d' % i for i in range(len(completions))])\n"
+        "    log_metric('twice', trainer_state.global_step)\n"
+        "    log_metric('twice', 3.0)\n"
+        "    return [len(text) / 10 for text in completions]\n"
+    )
+    flags = ["--model", str(tiny_folder), *SHORT, "--reward", "rewards.py:logs", "--output-dir", "logs"]
+    flags = [flag if module is grpo else flag.replace("group-size", "samples-per-prompt") for flag in flags]
+    tables = []
+    monkeypatch.setattr(SummaryWriter, "add_text", lambda self, name, text, step: tables.append((name, text)))
+    assert module.main(common.parse_args(module.Args, flags)) == 0
+    assert (tmp_path / "seen.txt").read_text().splitlines() == ["0 2", "0 2", "1 2", "2 2"]
+    assert helpers.scalars(tmp_path / "logs")["reward/metric/twice"] == [1.5, 2.0]
+    [first, _] = [text.splitlines() for name, text in tables if name == "completions/samples"]
+    assert first[0] == "| prompt | completion | score | gold \\| one |" and first[1] == "| --- | --- | --- | --- |"
+    assert [line.split(" | ")[-1] for line in first[2:4]] == ["x0 |", "x1 |"]
+
+
+def test_a_score_of_0_beside_lists_trains_and_lists_of_0_and_1_are_warned_of(script, tiny_folder, tmp_path, capsys):
+    (tmp_path / "rewards.py").write_text(
+        "def right(completion_ids, **_):\n    return [float(i[0] % 2) for i in completion_ids]\n"
+        "def zeros(completion_ids, **_):\n    return [[0.0] * len(i) for i in completion_ids]\n"
+        "def steps(completion_ids, **_):\n    return [[0.0] * (len(i) - 1) + [float(i[0] % 2)] for i in completion_ids]\n"
+    )
+    for names, learns in ((["right", "zeros"], True), (["steps"], False)):
+        flags = [flag for name in names for flag in ("--reward", f"rewards.py:{name}")]
+        flags += ["--eval-reward", "exact", "--kl-coef", "0", "--output-dir", names[0]]
+        assert script("--model", tiny_folder, *SHORT, *flags) == 0
+        assert (max(helpers.scalars(tmp_path / names[0])["losses/grad_norm"]) > 0) == learns
+        assert ("give a wrong step -1" in capsys.readouterr().out) != learns
 
 
 # ---------------------------------------------------------------- arguments
@@ -488,6 +553,22 @@ def test_more_positions_than_the_model_has_are_refused(script, with_files, capfd
     before = listing(with_files)
     status = script("--model", folder, *SHORT, "--max-new-tokens", "100")
     assert_refused(status, capfd.readouterr(), "--max-new-tokens", with_files, before)
+
+
+@pytest.mark.parametrize("more", [0, 20])
+def test_a_bad_answer_is_named_with_file_and_line(tmp_path, more):
+    """Among the rows to train on (there are fewer than 10), and wherever the split puts it."""
+    good, path = {"prompt": "a", "answer": "#### 1", "target": 5, "nums": [2, 3]}, tmp_path / "rows.jsonl"
+    for name, bad, named in [
+        ("gsm8k", {"answer": "none"}, "reward gsm8k: no number in the answer 'none'; .* --answer-column"),
+        ("countdown", {"nums": ["x", 3]}, "reward countdown: .*'x'"),
+        ("countdown", {"nums": 5}, "reward countdown: .*not iterable"),
+        ("countdown", {"target": "1/0"}, "reward countdown: .*1"),
+    ]:
+        path.write_text("\n".join(map(json.dumps, [good] * 3 + [good | bad] + [good] * more)))
+        args = grpo.Args(dataset=str(path), reward=[name])
+        with pytest.raises(common.UserError, match=rf"^{path}:4: {named}"):
+            common.load_train_and_eval_rows(args, *common.load_all_rewards(args, None))
 
 
 def test_a_reward_that_fails_in_the_run_is_one_line_and_status_2(script, with_files, tiny_folder, capfd):

@@ -165,6 +165,39 @@ def test_reward_model_with_a_tokenizer_of_its_own_scores_prompt_and_completion(t
         assert score == pytest.approx(judge.eval()(ids).logits.item(), abs=1e-5)
 
 
+def test_reward_model_without_a_pad_token_scores_several_completions_at_once(tmp_path):
+    save_tokenizer(tmp_path, eos_token="<end>")
+    for config in (
+        transformers.LlamaConfig(**helpers.SIZES | {"pad_token_id": None}, num_labels=1),
+        transformers.GPT2Config(vocab_size=29, n_embd=16, n_layer=1, n_head=2, num_labels=1, bos_token_id=1, eos_token_id=1),
+    ):
+        judge = transformers.AutoModelForSequenceClassification.from_config(config)
+        judge.save_pretrained(tmp_path)
+        args = common.parse_args(grpo.Args, ["--reward-model", str(tmp_path), "--device", "cpu"])
+        got = common.load_reward_model(args, common.Run(args, "test"))(prompts=["ab", "b"], completions=["c", "dc"])
+        for text, score in zip(["abc", "bdc"], got):
+            assert score == pytest.approx(judge.eval()(torch.tensor([[WORDS.index(c) for c in text]])).logits.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changed, prompt, named",
+    [
+        ({"max_position_embeddings": 6}, "abc", "--max-new-tokens 6: --reward-model .*judge has 6 positions"),
+        ({"max_position_embeddings": 7}, "abcdefgh", "--reward-model .*judge: has 7 positions, but a prompt .* 8 tokens"),
+        ({"vocab_size": 6}, "abc", "--reward-model .*judge: its tokenizer gives token 7, but it knows 6"),
+        ({}, [{"role": "user", "content": "ab"}], "--reward-model .*judge: has no chat template, but the prompts are chats"),
+    ],
+)
+def test_a_reward_model_that_cannot_take_the_prompts_is_refused_before_the_policy_loads(tmp_path, monkeypatch, changed, prompt, named):
+    monkeypatch.setattr(common, "load_policy", None)
+    judge = transformers.BertConfig(**helpers.SIZES | {"num_hidden_layers": 1} | changed, num_labels=1)
+    transformers.AutoModelForSequenceClassification.from_config(judge).save_pretrained(tmp_path / "judge")
+    save_tokenizer(tmp_path / "judge", eos_token="<end>")
+    rows = save_rows(tmp_path / "rows.jsonl", [{"prompt": prompt, "answer": "b"}] * 12)
+    with pytest.raises(common.UserError, match=named):
+        train(grpo, tmp_path, "--dataset", rows, "--reward-model", tmp_path / "judge")
+
+
 def test_critic_starts_from_another_model(tmp_path, texts, reward_file):
     model, critic = save_model(tmp_path / "model"), save_model(tmp_path / "critic", "qwen2")
     train(ppo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b", "--critic-model", critic)
@@ -191,3 +224,13 @@ def test_defaults_that_the_model_decides_are_said(tmp_path, texts, reward_file, 
     train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b", "--learning-rate", "1e-6")
     said = " ".join(capsys.readouterr().out.split())
     assert "defaults of models other than the tiny one:" in said and "--learning-rate 1e-06" in said and "--model" not in said
+
+
+@pytest.mark.parametrize("script", [grpo, ppo])
+def test_a_reward_that_never_applies_is_said(tmp_path, texts, capsys, script):
+    model, path = save_model(tmp_path / "model"), tmp_path / "none.py"
+    path.write_text("def none(completions, **kwargs):\n    return [None] * len(completions)\n")
+    folder = train(script, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{path}:none")
+    out = capsys.readouterr().out
+    assert "first rollout: no scores" in out and "warning: no reward function applied" in out and "are equal" not in out
+    assert math.isnan(helpers.scalars(folder)["reward/mean"][0])

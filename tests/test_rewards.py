@@ -1,5 +1,6 @@
 """Built-in verifiers, reward files, and how their scores are called, checked and summed."""
 
+import asyncio
 import math
 import signal
 import textwrap
@@ -95,6 +96,56 @@ def test_exact():
         (r"42 \boxed{}", None),
         (r"42 \boxed{42", None),
         ("9" * 101, None),
+        (r"\boxed{4\frac{1}{2}}", "9/2"),
+        (r"\boxed{-4\dfrac12}", "-9/2"),
+        (r"\boxed{\frac12}", "1/2"),
+        (r"so \frac{1}{2}", "1/2"),
+        ("4 1/2", "9/2"),
+        ("#### 4 1/2 pies", "9/2"),
+        (r"\boxed{\frac{84}{2} = 42}", "42"),
+        (r"\boxed{10^3}", None),
+        ("10^3", None),
+        ("10³", None),
+        (r"\boxed{2\sqrt{3}}", None),
+        (r"2\sqrt{3}", None),
+        (r"\boxed{\sqrt[3]{8}}", None),
+        (r"\boxed{12\pi}", None),
+        (r"\boxed{\frac{\pi}{2}}", None),
+        (r"\boxed{6 \times 7}", None),
+        ("#### 6 * 7", None),
+        ("#### 6*7 =", None),
+        ("#### 50 - $8", None),
+        ("6 * 7", None),
+        ("x/42", None),
+        ("#### x_42", None),
+        ("#### 1.5e3", None),
+        ("1e42", None),
+        ("5:42", None),
+        ("3.14.42", None),
+        ("#### 1.234,56", None),
+        ("#### 1/2/3", None),
+        ("#### 10 000", None),
+        ("1_042", "1042"),
+        ("#### \u201342 (en dash)", "-42"),
+        ("#### 42 (6 = 2*3)", "42"),
+        ("#### 42 (six times 7)", "42"),
+        ("#### (6 * 7) = 42", "42"),
+        ("#### 42 = forty-two", "42"),
+        (r"\boxed{42 = x}", "42"),
+        (r"\boxed{42^\circ}", "42"),
+        (r"\boxed{42^{\circ}}", "42"),
+        (r"\boxed{42 \text{ cm}^2}", "42"),
+        (r"\boxed{42 \mathrm{~km/h}}", "42"),
+        ("#### 42 km/h", "42"),
+        ("#### $42/hour", "42"),
+        ("#### **42**", "42"),
+        ("is *42*", "42"),
+        ("is _42_.", "42"),
+        ("- Total\n* 42", "42"),
+        ("Step 2: 42", "42"),
+        ("in 7. 42!", "42"),
+        (r"so \(42\)", "42"),
+        (r"x \approx 42", "42"),
     ],
 )
 def test_gsm8k_number(text, number):
@@ -162,6 +213,9 @@ def test_countdown_is_exact_and_checks_its_columns():
     assert verdict("countdown", "-8 * (1 + 2)", target=-24, nums=[1, 2, 8]) == 1.0
     assert verdict("countdown", "+8 * (1 + 2)", target=-24, nums=[1, 2, 8]) == 0.0
     assert verdict("countdown", "1", target=None, nums=[1]) is None
+    assert verdict("countdown", "2 * 3", target=6, nums=["2", 3.0]) == 1.0
+    with pytest.raises(ValueError, match="5/2, 3 are not all integers"):
+        verdict("countdown", "2 + 3", target=5, nums=[2.5, 3])
     with pytest.raises(ValueError, match="nums"):
         verdict("countdown", "1", target=1)
 
@@ -209,6 +263,10 @@ HOSTILE = {
     "commas": "1," * (HUGE // 2),
     "groups": ",111" * (HUGE // 4),
     "signs": "$-" * (HUGE // 2),
+    "remarks": "1 (" + "=" * HUGE,
+    "open remarks": "1 (=" * (HUGE // 4),
+    "number and spaces": "1" + " " * HUGE + "=",
+    "mixed fractions": "1 1/" * (HUGE // 4),
     "hashes": "#### " * (HUGE // 5),
     "answer tags": "<answer>" * (HUGE // 8),
     "closed tags": "<answer></answer>" * 6000,
@@ -289,6 +347,13 @@ def test_load_rewards_by_name_and_file(reward_file):
     assert [reward.weight for reward in common.load_rewards(["exact"], None)] == [1.0]
 
 
+def test_rewards_are_not_logged_under_names_that_other_numbers_have(reward_file):
+    names = ["mean", "std", "frac_zero_std", "resampled_groups", "reward_model", "mean", "mean_2"]
+    path = reward_file("\n".join(f"def {name}(completions): pass" for name in names))
+    rewards = common.load_rewards([f"{path}:{name}" for name in names], None)
+    assert [reward.name for reward in rewards] == [f"{name}_2" for name in names[:5]] + ["mean_3", "mean_2_2"]
+
+
 @pytest.mark.parametrize(
     "code, attribute, named",
     [
@@ -363,6 +428,22 @@ def test_a_function_gets_only_what_it_takes_and_cannot_spoil_the_next():
     assert scores.by_function["f0"].tolist() == [1.0, 2.0] and scores.by_function["f1"].tolist() == [9.0, 9.0]
 
 
+def test_a_function_may_change_what_it_gets():
+    def change(prompts, completions, completion_ids, nums, trainer_state):
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            assert len(prompt) == len(completion) == 1 and nums[i] == [1, 2]  # not what was done to the one before
+            prompt.append("more"), completion.append("more"), nums[i].pop(), completion_ids[i].clear()
+            prompt[0]["content"] = "other"
+        return [0.0] * len(prompts)
+
+    prompt = common.Prompt([1], [{"role": "user", "content": "q"}], {"nums": [1, 2]})
+    ids = [[5], [6, 7]]
+    for step in range(2):
+        run([change, change], ["a", "bc"], [prompt, prompt], ids)
+    assert prompt.prompt == [{"role": "user", "content": "q"}] and prompt.columns == {"nums": [1, 2]}
+    assert ids == [[5], [6, 7]]
+
+
 def test_missing_column_is_named_before_and_during_a_run():
     rewards = common.load_rewards(["format", "exact"], None)
     common.check_rewards(rewards, [{"prompt": "p", "answer": "x"}])
@@ -403,7 +484,35 @@ def test_functions_of_trl_style():
     state = types.SimpleNamespace(global_step=3)
     scores = run([later, task, lengths, logs], ["ab", ""], prompts, [[1, 2], [1]], trainer_state=state)
     assert scores.total.tolist() == [4.0, 1.0] and math.isnan(scores.by_function["f1"][1])
-    assert scores.metrics == {"step": 3} and scores.extra == {"gold": ["x", "x"]}
+    assert scores.metrics == {"step": [3.0]} and scores.extra == {"gold": ["x", "x"]}
+    with pytest.raises(common.UserError, match=r"log_extra\('gold'\) got 1 values for 2 completions at .*test_rewards.py"):
+        run([lambda completions, log_extra: log_extra("gold", ["x"])], ["a", "b"])
+
+
+def test_what_functions_log_follows_replaced_rows():
+    def logs(completions, log_extra, log_metric):
+        log_extra("upper", [text.upper() for text in completions])
+        log_metric("n", len(completions))
+        return [0.0] * len(completions)
+
+    scores = run([logs], ["a", "b", "c"])
+    scores.replace([0, 2], run([logs], ["x", "y"]))
+    assert scores.metrics == {"n": [3.0, 2.0]} and scores.extra == {"upper": ["X", "B", "Y"]}
+
+
+def test_async_functions_share_one_loop_with_what_their_file_made():
+    limit = asyncio.Semaphore(1)
+
+    async def limited(completions):
+        async def one(text):
+            async with limit:
+                await asyncio.sleep(0)
+                return float(len(text))
+
+        return await asyncio.gather(*map(one, completions))
+
+    for step in range(2):
+        assert run([limited, limited], ["a", "bc"]).total.tolist() == [2.0, 4.0]
 
 
 def test_weighted_sum_over_the_functions_that_apply():
@@ -424,9 +533,26 @@ def test_dense_rewards_are_weighted_and_scalars_join_the_last_token():
         common.Reward("plain", lambda completions: [1.0, 3.0, None, None], 10.0),
     ]
     scores = run(rewards, ["abc", "de", "f", "gh"])
-    assert scores.dense == [[1.0, 0.0, 12.0], [0.0, 30.0], None, [2.0, 4.0]]
+    assert scores.dense == [[1.0, None, 12.0], [None, 30.0], None, [2.0, 4.0]]
     assert scores.total[[0, 1, 3]].tolist() == [13.0, 30.0, 6.0] and math.isnan(scores.total[2])
     assert scores.by_function["steps"][[0, 3]].tolist() == [1.5, 3.0]
+
+
+def test_which_tokens_end_a_step():
+    """Not those where lists hold 0 or None; always the last one of a plain score, even of 0; none for a weight of 0."""
+    rewards = [
+        common.Reward("steps", lambda completions: [[None, 0.5, 0], [0, None, 0.0], None]),
+        common.Reward("plain", lambda completions: [0, 0.0, 0]),
+        common.Reward("against", lambda completions: [[0, -0.5, 0], None, None]),
+        common.Reward("watched", lambda completions: [[1, 1, 1], None, 5.0], 0.0),
+    ]
+    scores = run(rewards, ["abc"] * 3)
+    assert scores.dense == [[None, 0.0, 0.0], [None, None, 0.0], [None, None, 0.0]] and scores.total.tolist() == [0.0] * 3
+    assert scores.by_function["steps"][:2].tolist() == [0.5, 0.0]
+    rollout = common.rollout_of([[1]] * 3, [[2, 2, 2]] * 3, torch.device("cpu"), [0, 0, 0])
+    table, ends = common.dense_table([[None, 0.0, 2.0], None, [3.0]], rollout)
+    assert table.tolist() == [[0, 0, 2], [0, 0, 0], [3, 0, 0]]
+    assert ends.tolist() == [[False, True, True], [False] * 3, [True, False, False]]
 
 
 def test_numbers_of_any_library_are_taken():
@@ -459,7 +585,6 @@ def test_numbers_of_any_library_are_taken():
         ([[1.0], 1.0], "sample 0 1 scores for 2 completion tokens"),
         ([1.0, [1.0, 2.0, 3.0]], "sample 1 3 scores for 2 completion tokens"),
         ([1.0, [1.0, math.nan]], "sample 1 nan, which is not finite"),
-        ([1.0, [1.0, None]], "sample 1 None, which is not a number"),
         ([1.0, [1.0, [2.0]]], r"sample 1 \[2.0\], which is not a number"),
     ],
 )
@@ -483,11 +608,11 @@ def test_an_exception_names_function_type_message_and_line(reward_file):
     )
     for name, named in [
         ("broken", rf"reward broken raised JSONDecodeError: Expecting .* at {path}:4"),
-        ("later", rf"reward later raised ValueError: two lines at {path}:6"),
+        ("later", rf"reward later raised ValueError: two lines at {path}:6, called with 2 completions, the first: 'not json'$"),
         ("leave", rf"reward leave raised SystemExit: 0 at {path}:8"),
     ]:
         with pytest.raises(common.UserError, match=named) as error:
-            run(common.load_rewards([f"{path}:{name}"], None), ["not json"])
+            run(common.load_rewards([f"{path}:{name}"], None), ["not json", "{}"])
         assert "\n" not in str(error.value)
     with pytest.raises(common.UserError, match="reward exact raised"):
         run([common.Reward("exact", lambda completions: 1 / 0)], ["a"])
@@ -525,8 +650,6 @@ def test_time_limit_is_left_out_in_other_threads():
 
 
 def test_time_limit_reaches_async_functions():
-    import asyncio
-
     async def sleepy(completions, **kwargs):
         await asyncio.sleep(30)
 
