@@ -1346,12 +1346,15 @@ def load_policy(args, run):
         return policy, tokenizer, {tokenizer.eos_token_id}
     tokenizer = load_tokenizer(args.model, "--model", args)
     policy = load_model(AutoModelForCausalLM, args.model, "--model", args).to(run.device)
-    ends = policy.generation_config.eos_token_id if policy.generation_config else None
-    ends = {tokenizer.eos_token_id, policy.config.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    sources = (tokenizer, policy.config, policy.config.get_text_config(), policy.generation_config)
+    ends = [getattr(source, "eos_token_id", None) for source in sources]
+    ends = {i for end in ends for i in (end if isinstance(end, list) else [end])} - {None}
     if not ends:
         raise UserError(
             f"--model {args.model}: neither its tokenizer nor its generation_config names an end token (eos_token)"
         )
+    if not all(isinstance(i, int) for i in ends):
+        raise UserError(f"--model {args.model}: an eos_token_id of its configs is no number: {', '.join(map(repr, ends))}")
     if args.gradient_checkpointing:
         checkpoint_layers(policy)
     return policy, tokenizer, ends
@@ -1397,7 +1400,7 @@ class Critic(nn.Module):
 
     def __init__(self, backbone):
         super().__init__()
-        self.backbone, self.head = backbone, nn.Linear(backbone.config.hidden_size, 1)
+        self.backbone, self.head = backbone, nn.Linear(backbone.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -37,6 +38,11 @@ def save_model(folder, family="llama", ends=1, **special):
     model.save_pretrained(folder)
     save_tokenizer(folder, **({"eos_token": "<end>"} | special))
     return str(folder)
+
+
+def edit_config(folder, **values):
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def save_rows(path, rows):
@@ -95,10 +101,33 @@ def test_all_end_tokens_of_the_generation_config_end_a_completion(tmp_path, text
     assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
 
 
+def test_end_tokens_may_be_a_list_in_the_config_but_have_to_be_numbers(tmp_path, texts, reward_file, capsys):
+    model = save_model(tmp_path / "model")
+    (tmp_path / "model/generation_config.json").unlink()
+    edit_config(model, eos_token_id=[1, 4])
+    flags = ["--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b"]
+    train(grpo, tmp_path, *flags)
+    assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": "1"}')
+    with pytest.raises(common.UserError, match="--model .* eos_token_id .* is no number: .*'1'"):
+        train(grpo, tmp_path / "again", *flags)
+
+
+@pytest.mark.parametrize("script", [grpo, ppo])
+def test_a_model_with_a_vision_tower_trains_on_text(script, tmp_path, texts, reward_file, capsys):
+    """Its end tokens and hidden size stand in the config of its text part."""
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    text = helpers.FAMILIES["gemma3_window"]().to_dict()
+    model = helpers.config_model(transformers.Gemma3Config(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", eos_token="<other-end>")
+    train(script, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
+    assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
+
+
 def test_model_without_any_end_token_is_refused(tmp_path, texts, reward_file):
     model = save_model(tmp_path / "model", ends=None, eos_token=None, pad_token="<pad>")
-    config = json.loads((tmp_path / "model/config.json").read_text()) | {"eos_token_id": None}
-    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    edit_config(model, eos_token_id=None)
     with pytest.raises(common.UserError, match="end token"):
         train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
 
