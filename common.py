@@ -54,6 +54,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -1366,25 +1367,51 @@ def checkpoint_layers(model):
     enable({"use_reentrant": False})
 
 
-def load_model(auto_class, name, flag_name, args):
-    """A transformers model in float32, from safetensors, with this project's attention and dropout off."""
-    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, safetensors.SafetensorError)
+
+
+def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention="flat_row"):
+    """A transformers model from safetensors, by default in float32 and with this project's attention; dropout is off."""
+    options = {"trust_remote_code": args.trust_remote_code}
     try:
-        model = auto_class.from_pretrained(name, attn_implementation="flat_row", **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"{flag_name} {name}: cannot be loaded: {first_line(error)}") from error
+        config = AutoConfig.from_pretrained(name, **options)
+        options |= {"config": without_noise(config), "dtype": dtype, "attn_implementation": attention}
+        model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    except LOAD_ERRORS as error:
+        raise UserError(f"{flag_name} {name}: cannot be loaded: {why_not_loaded(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{flag_name} {name}: weights of a {type(model).__name__} are missing: {', '.join(missing[:3])}")
+    model.config_to_save = config
     return without_dropout(model)
 
 
 def load_tokenizer(name, flag_name, args):
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{flag_name} {name}: no tokenizer could be loaded: {first_line(error)}") from error
+    except LOAD_ERRORS as error:
+        raise UserError(f"{flag_name} {name}: no tokenizer could be loaded: {why_not_loaded(error)}") from error
+
+
+def why_not_loaded(error):
+    if error.args == ("flat_row",):  # a key that the family's own table of attentions lacks
+        return "its family keeps to attention of its own, which this project does not run"
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own; --trust-remote-code lets that run on this machine"
+    return first_line(error)
 
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def without_noise(config):
+    """A copy without dropout and router jitter, for families that read these at each call instead of in an nn.Dropout."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(part, name, 0.0)
+    return config
 
 
 def without_dropout(model):
@@ -1569,8 +1596,31 @@ def warm_start(model, tokenizer, run, target=0.22, batch_size=64, max_steps=1000
 def check_model(run, model, sampler, tokenizer):
     """Compare log-probs of sampler, trainer and transformers' own attention on random tokens, and say what was found.
 
-    Raises UserError for a model family where this project's flat row gives other log-probs than transformers. Comes before
-    `shard`: sharded layers compute in --dtype whatever is asked, and only float32 tells a wrong family from rounding.
+    Raises UserError for a model family that this project's flat row cannot run, or gives other log-probs than transformers.
+    """
+    name = f"--model {run.args.model}: {type(model).__name__}"
+    try:
+        family_gap, sampler_gap = logprob_gaps(run, model, sampler)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is of a kind that this project does not run ({one_line(error)})") from error
+    if not family_gap < 1e-3:
+        raise UserError(
+            f"{name} has a cache, positions or head of a kind that this project does not run (its log-probs differ by "
+            f"{family_gap:.2g} from those of transformers)"
+        )
+    ends = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in sampler.end_ids.tolist())
+    run.say(f"end tokens: {ends}; sampler and trainer differ by at most {sampler_gap:.1e} in log-prob")
+    if sampler_gap > 0.1:
+        run.warn("sampler and trainer disagree: --dtype float32 makes them agree")
+
+
+@torch.no_grad()
+def logprob_gaps(run, model, sampler) -> tuple[float, float]:
+    """Largest difference in log-prob of the flat row and transformers, both in float32, and of sampler and trainer.
+
+    Comes before `shard`: sharded layers compute in --dtype always, and only float32 tells a wrong family from rounding.
     """
     config = model.config.get_text_config()
     sampler = copy.copy(sampler)  # whose tables are made anew, since a few tokens are enough
@@ -1578,30 +1628,19 @@ def check_model(run, model, sampler, tokenizer):
     room = positions_of(config) or math.inf
     prompts = [(run.uniforms(0, 3, min(n, room - sampler.C)) * config.vocab_size).long().tolist() for n in (5, 9)]
     rollout = sampler.sample(prompts, 2, run.uniforms(0, 4, 4, sampler.C))
-    with torch.no_grad():
-        with run.autocast():
-            trainer = completion_logprobs(model, rollout, sampler.temperature)
-        ours = completion_logprobs(model, rollout, sampler.temperature)
-        model.set_attn_implementation("eager")
-        try:
-            for b in range(4):
-                n, prompt = int(rollout.lengths[b]), prompts[b // 2]
-                ids = torch.tensor([prompt + rollout.completion_ids[b, :n].tolist()], device=run.device)
-                logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / sampler.temperature
-                theirs = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-                gap = float((ours[b, :n] - theirs).abs().max())
-                if not gap < 1e-3:
-                    raise UserError(
-                        f"--model {run.args.model}: {type(model).__name__} has a cache, positions or head of a kind that "
-                        f"this project does not run (its log-probs differ by {gap:.2g} from those of transformers)"
-                    )
-        finally:
-            model.set_attn_implementation("flat_row")
-    gap = float((trainer - rollout.sampler_logprobs).abs().max())
-    ends = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in sampler.end_ids.tolist())
-    run.say(f"end tokens: {ends}; sampler and trainer differ by at most {gap:.1e} in log-prob")
-    if gap > 0.1:
-        run.warn("sampler and trainer disagree: --dtype float32 makes them agree")
+    with run.autocast():
+        trainer = completion_logprobs(model, rollout, sampler.temperature)
+    ours, theirs = completion_logprobs(model, rollout, sampler.temperature), torch.zeros_like(trainer)
+    model.set_attn_implementation("eager")
+    try:
+        for b, n in enumerate(rollout.lengths.tolist()):
+            prompt = prompts[b // 2]
+            ids = torch.tensor([prompt + rollout.completion_ids[b, :n].tolist()], device=run.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / sampler.temperature
+            theirs[b, :n] = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+    finally:
+        model.set_attn_implementation("flat_row")
+    return float((ours - theirs).abs().max()), float((trainer - rollout.sampler_logprobs).abs().max())
 
 
 def positions_of(config) -> int | None:
@@ -1864,6 +1903,12 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     evaluation, eval_dropped = tokenize_prompts(eval_rows, tokenizer, system_prompt, args.max_prompt_tokens)
     if dropped + eval_dropped:
         run.warn(f"{dropped + eval_dropped} prompts longer than --max-prompt-tokens {args.max_prompt_tokens} were dropped")
+    largest, vocabulary = max(max(prompt.ids) for prompt in train + evaluation), config.get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise UserError(
+            f"--model {args.model}: its tokenizer gives token {largest}, and the model has only {vocabulary}: they do not "
+            f"belong together"
+        )
     room = positions_of(config.get_text_config())
     longest = max(len(prompt.ids) for prompt in train + evaluation)
     if room and longest + args.max_new_tokens > room:
@@ -2133,11 +2178,9 @@ def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
 def load_reward_model(args, run) -> Callable:
     """A sequence-classification model with one label as a reward function; it may have a tokenizer of its own."""
     tokenizer = load_tokenizer(args.reward_model, "--reward-model", args)
-    options = {"dtype": run.compute_dtype, "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(args.reward_model, **options).to(run.device).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"--reward-model {args.reward_model}: cannot be loaded: {first_line(error)}") from error
+    classifier = AutoModelForSequenceClassification
+    model = load_model(classifier, args.reward_model, "--reward-model", args, run.compute_dtype, attention=None)
+    model.to(run.device).eval()
     if model.config.num_labels != 1:
         raise UserError(
             f"--reward-model {args.reward_model}: has {model.config.num_labels} labels; a reward is a single number"
@@ -2753,6 +2796,7 @@ def save_final(run, model, tokenizer):
     weights = gathered(run, weights_of(model))
     if run.rank == 0:
         with complete_or_absent(run, run.folder / "final", "the final model") as partial:
+            model.config = getattr(model, "config_to_save", model.config)  # with the dropout that it came with
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
 

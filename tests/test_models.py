@@ -194,6 +194,62 @@ def test_reward_model_with_a_tokenizer_of_its_own_scores_prompt_and_completion(t
         assert score == pytest.approx(judge.eval()(ids).logits.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("family, noise", {"llama": "attention_dropout", "opt": "dropout", "mixtral": "router_jitter_noise"}.items())
+def test_dropout_and_jitter_of_the_config_are_off_and_saved_as_they_were(family, noise, tmp_path, texts, reward_file):
+    opt = transformers.OPTConfig(**helpers.SIZES, ffn_dim=24, word_embed_proj_dim=16)
+    helpers.config_model(opt if family == "opt" else helpers.FAMILIES[family]()).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", eos_token="<end>")
+    edit_config(tmp_path / "model", **{noise: 0.5})
+    folder = train(grpo, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
+    before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "model", folder / "final"))
+    assert after[noise] == 0.5 and after == before
+
+
+def test_weights_that_are_damaged_or_missing_are_refused(tmp_path, texts, reward_file):
+    good, other = save_model(tmp_path / "model"), save_model(tmp_path / "other")
+    flags = ["--dataset", texts, "--reward", f"{reward_file}:many_b"]
+    edit_config(other, num_hidden_layers=3)
+    with pytest.raises(common.UserError, match=r"--model .* weights .* are missing: model\.layers\.2\."):
+        train(grpo, tmp_path, "--model", other, *flags)
+    with pytest.raises(common.UserError, match=r"--critic-model .* weights .* are missing: layers\.2\."):
+        train(ppo, tmp_path, "--model", good, "--critic-model", other, *flags)
+    edit_config(other, num_hidden_layers=2, num_labels=1)
+    with pytest.raises(common.UserError, match=r"--reward-model .* missing: score\.weight"):
+        train(grpo, tmp_path, "--model", good, "--reward-model", other, *flags)
+    weights = Path(other, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:500])
+    for flag in ("--model", "--reward-model"):
+        with pytest.raises(common.UserError, match=f"{flag} .*cannot be loaded: .*header"):
+            train(grpo, tmp_path, "--model", good, flag, other, *flags)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["de"])  # token 29 of a model that has 29
+    tokenizer.save_pretrained(model)
+    with pytest.raises(common.UserError, match="--model .* its tokenizer gives token 29, and the model has only 29"):
+        train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_families_that_the_flat_row_cannot_run_are_named(tmp_path, texts, reward_file):
+    mpt = transformers.MptConfig(vocab_size=helpers.VOCABULARY, d_model=16, n_heads=4, n_layers=2, eos_token_id=1)
+    falcon = transformers.FalconConfig(**helpers.SIZES)
+    for config, said in ((mpt, "MptForCausalLM is of a kind"), (falcon, "cannot be loaded: its family keeps to attention of its own")):
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        save_tokenizer(tmp_path / "model", eos_token="<end>")
+        with pytest.raises(common.UserError, match=f"--model .*{said}.* this project does not run"):
+            train(grpo, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_a_model_with_code_of_its_own_names_the_flag_that_runs_it(tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model")
+    edit_config(model, model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
+    Path(model, "code.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(common.UserError, match="--model .* code of its own; --trust-remote-code"):
+        train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
 def test_critic_starts_from_another_model(tmp_path, texts, reward_file):
     model, critic = save_model(tmp_path / "model"), save_model(tmp_path / "critic", "qwen2")
     train(ppo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b", "--critic-model", critic)
