@@ -271,6 +271,7 @@ class Run:
         self.stop_signal, self.bar, self.matrix_rate = None, None, None
         self.last_line, self.latest, self.said = 0.0, {}, set()
         self.micro_batch_tokens = args.micro_batch_tokens
+        self.leaves_template_unused = False  # by the prompts of a chat model
         self.skipped_updates = self.skipped_in_a_row = 0  # in this step, and up to now
         self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
         self.catch_signals()
@@ -482,8 +483,9 @@ class Run:
             self.said.add("first rollout")
             groups = f", {equal:.0%} of groups with equal scores" if "reward/frac_zero_std" in metrics else ""
             self.say(f"first rollout: mean score {metrics['reward/mean']:.3g}, {cut:.0%} cut off{groups}")
+        template = ', or use the chat template: --system-prompt ""' if self.leaves_template_unused else ""
         advice = {
-            "no completion ends: the end token was never sampled; raise --max-new-tokens": cut == 1,
+            f"no completion ends: the end token was never sampled; raise --max-new-tokens{template}": cut == 1,
             "most completions are cut off at --max-new-tokens; raise it": 0.5 < cut < 1,
             "all scores are equal, so nothing is learned; if they are not the best, look at --reward and the prompts":
                 metrics["reward/std"] == 0,
@@ -1798,10 +1800,13 @@ def tokenize_prompts(
 
     A prompt longer than max_prompt_tokens is dropped, never cut: a question without its end asks
     something else. A chat, or a text with a system prompt, goes through the chat template (an empty
-    system prompt: the template without a system message); a chat's own system message wins.
+    system prompt: the template without a system message); a chat's own system message wins. Where the
+    template has no place for a system message, it goes in front of the user's text.
     Raises UserError for a template that is missing or refuses, and when nothing is left.
     """
     texts = [with_system_prompt(row["prompt"], system_prompt) for row in rows]
+    if any(map(begins_with_system, texts)) and not shows_system_message(tokenizer):
+        texts = [system_in_user_turn(text) for text in texts]
     plain_ids = iter(text_ids([text for text in texts if isinstance(text, str)], tokenizer))
     prompts = []
     for row, prompt in zip(rows, texts):
@@ -1822,9 +1827,30 @@ def with_system_prompt(prompt: str | list[dict], system_prompt: str | None) -> s
     if system_prompt is None:
         return prompt
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not system_prompt or chat[0]["role"] == "system":
+    if not system_prompt or begins_with_system(chat):
         return chat
     return [{"role": "system", "content": system_prompt}, *chat]
+
+
+def begins_with_system(prompt: str | list[dict]) -> bool:
+    return isinstance(prompt, list) and prompt[0]["role"] == "system"
+
+
+def shows_system_message(tokenizer) -> bool:
+    """Whether the chat template takes a system message: some refuse it (Gemma), and some leave it out without a word."""
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    try:
+        return chat_ids(chat, tokenizer) != chat_ids(chat[1:], tokenizer)
+    except UserError:
+        return False
+
+
+def system_in_user_turn(prompt: str | list[dict]) -> str | list[dict]:
+    """A chat whose system message stands in front of the user's first text; any other prompt as it is."""
+    if not begins_with_system(prompt) or len(prompt) < 2 or prompt[1]["role"] != "user":
+        return prompt
+    system, user, *rest = prompt
+    return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def chat_ids(chat: list[dict], tokenizer) -> list[int]:
@@ -1899,6 +1925,13 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
                 [row | {"prompt": f"Question: {row['prompt']}\nAnswer:"} for row in rows] for rows in (train_rows, eval_rows)
             )
             run.say("gsm8k: no chat template, so prompts are 'Question: ...' and 'Answer:'")
+    given = [row["prompt"] for row in train_rows + eval_rows]
+    if (system_prompt or any(map(begins_with_system, given))) and not shows_system_message(tokenizer):
+        run.say("the chat template has no place for a system message: it goes in front of the user's text")
+    has_text = system_prompt is None and any(isinstance(prompt, str) for prompt in given)
+    run.leaves_template_unused = has_text and bool(tokenizer.chat_template)
+    if run.leaves_template_unused:
+        run.say('prompts that are texts do not go through the chat template; with --system-prompt "" they do')
     train, dropped = tokenize_prompts(train_rows, tokenizer, system_prompt, args.max_prompt_tokens)
     evaluation, eval_dropped = tokenize_prompts(eval_rows, tokenizer, system_prompt, args.max_prompt_tokens)
     if dropped + eval_dropped:
