@@ -1375,6 +1375,7 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, safeten
 def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention="flat_row"):
     """A transformers model from safetensors, by default in float32 and with this project's attention; dropout is off."""
     options = {"trust_remote_code": args.trust_remote_code}
+    find_hub(name)
     try:
         config = AutoConfig.from_pretrained(name, **options)
         options |= {"config": without_noise(config), "dtype": dtype, "attn_implementation": attention}
@@ -1388,10 +1389,24 @@ def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention
 
 
 def load_tokenizer(name, flag_name, args):
+    find_hub(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except LOAD_ERRORS as error:
         raise UserError(f"{flag_name} {name}: no tokenizer could be loaded: {why_not_loaded(error)}") from error
+
+
+def find_hub(name):
+    """Before `name` is loaded: if it is no path and the hub cannot be reached, only the hub's cache is looked into.
+
+    Else its client tries ten times, which takes up to a minute, and prints every try.
+    """
+    if os.path.exists(name) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # of httpx or requests, whichever this version of the client is made with
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def why_not_loaded(error):
@@ -1777,18 +1792,20 @@ def fetch_gsm8k(split: str) -> Path:
 
 def read_hub_dataset(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
     """Yields ("id row n", row) of a hub dataset "id" or "id:config", through the datasets library."""
+    name, _, config = dataset.partition(":")
+    find_hub(name)
     try:
-        import datasets
+        import datasets  # reads at import whether the hub was found
     except ImportError:
         raise UserError(
             f"dataset {dataset} is neither built in (addition, gsm8k) nor a file here; "
             f"to read it from the Hugging Face hub: pip install datasets"
         ) from None
-    name, _, config = dataset.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # its own kinds, for a wrong id, config or split and for no network
-        raise UserError(f"dataset {dataset}, split {split}: {one_line(error)}") from error
+        flag_name = "--dataset" if split == "train" else "--eval-dataset"
+        raise UserError(f"{flag_name} {dataset}, split {split}: {one_line(error)}") from error
     for number, row in enumerate(loaded):
         yield f"{dataset} row {number}", dict(row)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,15 @@ def test_a_model_with_code_of_its_own_names_the_flag_that_runs_it(tmp_path, text
     Path(model, "code.py").write_text("raise SystemExit('ran')")
     with pytest.raises(common.UserError, match="--model .* code of its own; --trust-remote-code"):
         train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a port that refuses
+    args, started = common.parse_args(grpo.Args, ["--model", "someone/model"]), time.time()
+    with pytest.raises(common.UserError, match="--model someone/model: no tokenizer could be loaded: .*connect"):
+        common.load_tokenizer(args.model, "--model", args)
+    assert time.time() - started < 5 and "Retrying" not in capfd.readouterr().err
 
 
 def test_critic_starts_from_another_model(tmp_path, texts, reward_file):

@@ -185,7 +185,7 @@ def test_hub_dataset_goes_through_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert common.load_rows("a/b:main", "train") == [{"prompt": "a/b main", "answer": 1}]
     assert common.load_rows("a/b", "train")[0]["prompt"] == "a/b None"
-    with pytest.raises(common.UserError, match='a/b, split test: ValueError: Unknown split "test". Should'):
+    with pytest.raises(common.UserError, match='--eval-dataset a/b, split test: ValueError: Unknown split "test". Should'):
         common.load_rows("a/b", "test")
     with pytest.raises(common.UserError, match="a/b row 0: no column 'question'"):
         common.load_rows("a/b", "train", "question")
