@@ -1943,7 +1943,8 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
             )
             run.say("gsm8k: no chat template, so prompts are 'Question: ...' and 'Answer:'")
     given = [row["prompt"] for row in train_rows + eval_rows]
-    if (system_prompt or any(map(begins_with_system, given))) and not shows_system_message(tokenizer):
+    has_system = system_prompt or any(map(begins_with_system, given))
+    if has_system and tokenizer.chat_template and not shows_system_message(tokenizer):
         run.say("the chat template has no place for a system message: it goes in front of the user's text")
     has_text = system_prompt is None and any(isinstance(prompt, str) for prompt in given)
     run.leaves_template_unused = has_text and bool(tokenizer.chat_template)
