@@ -56,6 +56,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -272,6 +273,7 @@ class Run:
         self.stop_signal, self.bar, self.matrix_rate = None, None, None
         self.last_line, self.latest, self.said = 0.0, {}, set()
         self.micro_batch_tokens = args.micro_batch_tokens
+        self.leaves_template_unused = False  # by the prompts of a chat model
         self.skipped_updates = self.skipped_in_a_row = 0  # in this step, and up to now
         self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
         # What TRL's reward functions read: steps done so far, and in all.
@@ -496,8 +498,9 @@ class Run:
             groups = f", {equal:.0%} of groups with equal scores" if "reward/frac_zero_std" in metrics else ""
             score = "no scores" if math.isnan(metrics["reward/mean"]) else f"mean score {metrics['reward/mean']:.3g}"
             self.say(f"first rollout: {score}, {cut:.0%} cut off{groups}")
+        template = ', or use the chat template: --system-prompt ""' if self.leaves_template_unused else ""
         advice = {
-            "no completion ends: the end token was never sampled; raise --max-new-tokens": cut == 1,
+            f"no completion ends: the end token was never sampled; raise --max-new-tokens{template}": cut == 1,
             "most completions are cut off at --max-new-tokens; raise it": 0.5 < cut < 1,
             "no reward function applied to any completion (all gave None), so nothing is learned; look at --reward":
                 math.isnan(metrics["reward/mean"]),
@@ -1370,12 +1373,15 @@ def load_policy(args, run):
         return policy, tokenizer, {tokenizer.eos_token_id}
     tokenizer = load_tokenizer(args.model, "--model", args)
     policy = load_model(AutoModelForCausalLM, args.model, "--model", args).to(run.device)
-    ends = policy.generation_config.eos_token_id if policy.generation_config else None
-    ends = {tokenizer.eos_token_id, policy.config.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    sources = (tokenizer, policy.config, policy.config.get_text_config(), policy.generation_config)
+    ends = [getattr(source, "eos_token_id", None) for source in sources]
+    ends = {i for end in ends for i in (end if isinstance(end, list) else [end])} - {None}
     if not ends:
         raise UserError(
             f"--model {args.model}: neither its tokenizer nor its generation_config names an end token (eos_token)"
         )
+    if not all(isinstance(i, int) for i in ends):
+        raise UserError(f"--model {args.model}: an eos_token_id of its configs is no number: {', '.join(map(repr, ends))}")
     if args.gradient_checkpointing:
         checkpoint_layers(policy)
     return policy, tokenizer, ends
@@ -1387,25 +1393,66 @@ def checkpoint_layers(model):
     enable({"use_reentrant": False})
 
 
-def load_model(auto_class, name, flag_name, args):
-    """A transformers model in float32, from safetensors, with this project's attention and dropout off."""
-    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, safetensors.SafetensorError)
+
+
+def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention="flat_row"):
+    """A transformers model from safetensors, by default in float32 and with this project's attention; dropout is off."""
+    options = {"trust_remote_code": args.trust_remote_code}
+    find_hub(name)
     try:
-        model = auto_class.from_pretrained(name, attn_implementation="flat_row", **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"{flag_name} {name}: cannot be loaded: {first_line(error)}") from error
+        config = AutoConfig.from_pretrained(name, **options)
+        options |= {"config": without_noise(config), "dtype": dtype, "attn_implementation": attention}
+        model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    except LOAD_ERRORS as error:
+        raise UserError(f"{flag_name} {name}: cannot be loaded: {why_not_loaded(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{flag_name} {name}: weights of a {type(model).__name__} are missing: {', '.join(missing[:3])}")
+    model.config_to_save = config
     return without_dropout(model)
 
 
 def load_tokenizer(name, flag_name, args):
+    find_hub(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{flag_name} {name}: no tokenizer could be loaded: {first_line(error)}") from error
+    except LOAD_ERRORS as error:
+        raise UserError(f"{flag_name} {name}: no tokenizer could be loaded: {why_not_loaded(error)}") from error
+
+
+def find_hub(name):
+    """Before `name` is loaded: if it is no path and the hub cannot be reached, only the hub's cache is looked into.
+
+    Else its client tries ten times, which takes up to a minute, and prints every try.
+    """
+    if os.path.exists(name) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # of httpx or requests, whichever this version of the client is made with
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def why_not_loaded(error):
+    if error.args == ("flat_row",):  # a key that the family's own table of attentions lacks
+        return "its family keeps to attention of its own, which this project does not run"
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own; --trust-remote-code lets that run on this machine"
+    return first_line(error)
 
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def without_noise(config):
+    """A copy without dropout and router jitter, for families that read these at each call instead of in an nn.Dropout."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(part, name, 0.0)
+    return config
 
 
 def without_dropout(model):
@@ -1421,7 +1468,7 @@ class Critic(nn.Module):
 
     def __init__(self, backbone):
         super().__init__()
-        self.backbone, self.head = backbone, nn.Linear(backbone.config.hidden_size, 1)
+        self.backbone, self.head = backbone, nn.Linear(backbone.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
 
@@ -1590,34 +1637,57 @@ def warm_start(model, tokenizer, run, target=0.22, batch_size=64, max_steps=1000
 def check_model(run, model, sampler, tokenizer):
     """Compare log-probs of sampler, trainer and transformers' own attention on random tokens, and say what was found.
 
-    Raises UserError for a model family where this project's flat row gives other log-probs than transformers.
+    Raises UserError for a model family that this project's flat row cannot run, or gives other log-probs than transformers.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    prompts = [(run.uniforms(0, 3, n) * vocabulary).long().tolist() for n in (5, 9)]
-    sampler.refresh(model)  # a resumed run has loaded the weights since the sampler was made
-    rollout = sampler.sample(prompts, 2, run.uniforms(0, 4, 4, sampler.C))
-    with torch.no_grad(), run.autocast():
-        ours = completion_logprobs(model, rollout, sampler.temperature)
-        model.set_attn_implementation("eager")
-        try:
-            for b in range(4):
-                n, prompt = int(rollout.lengths[b]), prompts[b // 2]
-                ids = torch.tensor([prompt + rollout.completion_ids[b, :n].tolist()], device=run.device)
-                logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / sampler.temperature
-                theirs = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-                gap = float((ours[b, :n] - theirs).abs().max())
-                if not gap < (1e-3 if run.compute_dtype == torch.float32 else 0.5):
-                    raise UserError(
-                        f"--model {run.args.model}: {type(model).__name__} has a cache, positions or head of a kind that "
-                        f"this project does not run (its log-probs differ by {gap:.2g} from those of transformers)"
-                    )
-        finally:
-            model.set_attn_implementation("flat_row")
-    gap = float((ours - rollout.sampler_logprobs).abs().max())
+    name = f"--model {run.args.model}: {type(model).__name__}"
+    try:
+        family_gap, sampler_gap = logprob_gaps(run, model, sampler)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is of a kind that this project does not run ({one_line(error)})") from error
+    if not family_gap < 1e-3:
+        raise UserError(
+            f"{name} has a cache, positions or head of a kind that this project does not run (its log-probs differ by "
+            f"{family_gap:.2g} from those of transformers)"
+        )
     ends = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in sampler.end_ids.tolist())
-    run.say(f"end tokens: {ends}; sampler and trainer differ by at most {gap:.1e} in log-prob")
-    if gap > 0.5:
+    run.say(f"end tokens: {ends}; sampler and trainer differ by at most {sampler_gap:.1e} in log-prob")
+    if sampler_gap > 0.1:
         run.warn("sampler and trainer disagree: --dtype float32 makes them agree")
+
+
+@torch.no_grad()
+def logprob_gaps(run, model, sampler) -> tuple[float, float]:
+    """Largest difference in log-prob of the flat row and transformers, both in float32, and of sampler and trainer.
+
+    Comes before `shard`: sharded layers compute in --dtype always, and only float32 tells a wrong family from rounding.
+    """
+    config = model.config.get_text_config()
+    sampler = copy.copy(sampler)  # whose tables are made anew, since a few tokens are enough
+    sampler.C = min(sampler.C, 16)
+    room = positions_of(config) or math.inf
+    prompts = [(run.uniforms(0, 3, min(n, room - sampler.C)) * config.vocab_size).long().tolist() for n in (5, 9)]
+    rollout = sampler.sample(prompts, 2, run.uniforms(0, 4, 4, sampler.C))
+    with run.autocast():
+        trainer = completion_logprobs(model, rollout, sampler.temperature)
+    ours, theirs = completion_logprobs(model, rollout, sampler.temperature), torch.zeros_like(trainer)
+    model.set_attn_implementation("eager")
+    try:
+        for b, n in enumerate(rollout.lengths.tolist()):
+            prompt = prompts[b // 2]
+            ids = torch.tensor([prompt + rollout.completion_ids[b, :n].tolist()], device=run.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / sampler.temperature
+            theirs[b, :n] = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+    finally:
+        model.set_attn_implementation("flat_row")
+    return float((ours - theirs).abs().max()), float((trainer - rollout.sampler_logprobs).abs().max())
+
+
+def positions_of(config) -> int | None:
+    """How many tokens a text config has positions for; None: no bound is known (XLNet's -1 is none)."""
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    return positions if positions > 0 else None
 
 
 # =============================================================================
@@ -1756,18 +1826,20 @@ def fetch_gsm8k(split: str) -> Path:
 
 def read_hub_dataset(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
     """Yields ("id row n", row) of a hub dataset "id" or "id:config", through the datasets library."""
+    name, _, config = dataset.partition(":")
+    find_hub(name)
     try:
-        import datasets
+        import datasets  # reads at import whether the hub was found
     except ImportError:
         raise UserError(
             f"dataset {dataset} is neither built in (addition, gsm8k) nor a file here; "
             f"to read it from the Hugging Face hub: pip install datasets"
         ) from None
-    name, _, config = dataset.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # its own kinds, for a wrong id, config or split and for no network
-        raise UserError(f"dataset {dataset}, split {split}: {one_line(error)}") from error
+        flag_name = "--dataset" if split == "train" else "--eval-dataset"
+        raise UserError(f"{flag_name} {dataset}, split {split}: {one_line(error)}") from error
     for number, row in enumerate(loaded):
         yield f"{dataset} row {number}", dict(row)
 
@@ -1779,10 +1851,13 @@ def tokenize_prompts(
 
     A prompt longer than max_prompt_tokens is dropped, never cut: a question without its end asks
     something else. A chat, or a text with a system prompt, goes through the chat template (an empty
-    system prompt: the template without a system message); a chat's own system message wins.
+    system prompt: the template without a system message); a chat's own system message wins. Where the
+    template has no place for a system message, it goes in front of the user's text.
     Raises UserError for a template that is missing or refuses, and when nothing is left.
     """
     texts = [with_system_prompt(row["prompt"], system_prompt) for row in rows]
+    if any(map(begins_with_system, texts)) and not shows_system_message(tokenizer):
+        texts = [system_in_user_turn(text) for text in texts]
     plain_ids = iter(text_ids([text for text in texts if isinstance(text, str)], tokenizer))
     prompts = []
     for row, prompt in zip(rows, texts):
@@ -1803,9 +1878,30 @@ def with_system_prompt(prompt: str | list[dict], system_prompt: str | None) -> s
     if system_prompt is None:
         return prompt
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not system_prompt or chat[0]["role"] == "system":
+    if not system_prompt or begins_with_system(chat):
         return chat
     return [{"role": "system", "content": system_prompt}, *chat]
+
+
+def begins_with_system(prompt: str | list[dict]) -> bool:
+    return isinstance(prompt, list) and prompt[0]["role"] == "system"
+
+
+def shows_system_message(tokenizer) -> bool:
+    """Whether the chat template takes a system message: some refuse it (Gemma), and some leave it out without a word."""
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    try:
+        return chat_ids(chat, tokenizer) != chat_ids(chat[1:], tokenizer)
+    except UserError:
+        return False
+
+
+def system_in_user_turn(prompt: str | list[dict]) -> str | list[dict]:
+    """A chat whose system message stands in front of the user's first text; any other prompt as it is."""
+    if not begins_with_system(prompt) or len(prompt) < 2 or prompt[1]["role"] != "user":
+        return prompt
+    system, user, *rest = prompt
+    return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def chat_ids(chat: list[dict], tokenizer) -> list[int]:
@@ -1880,11 +1976,25 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
                 [row | {"prompt": f"Question: {row['prompt']}\nAnswer:"} for row in rows] for rows in (train_rows, eval_rows)
             )
             run.say("gsm8k: no chat template, so prompts are 'Question: ...' and 'Answer:'")
+    given = [row["prompt"] for row in train_rows + eval_rows]
+    has_system = system_prompt or any(map(begins_with_system, given))
+    if has_system and tokenizer.chat_template and not shows_system_message(tokenizer):
+        run.say("the chat template has no place for a system message: it goes in front of the user's text")
+    has_text = system_prompt is None and any(isinstance(prompt, str) for prompt in given)
+    run.leaves_template_unused = has_text and bool(tokenizer.chat_template)
+    if run.leaves_template_unused:
+        run.say('prompts that are texts do not go through the chat template; with --system-prompt "" they do')
     train, dropped = tokenize_prompts(train_rows, tokenizer, system_prompt, args.max_prompt_tokens)
     evaluation, eval_dropped = tokenize_prompts(eval_rows, tokenizer, system_prompt, args.max_prompt_tokens)
     if dropped + eval_dropped:
         run.warn(f"{dropped + eval_dropped} prompts longer than --max-prompt-tokens {args.max_prompt_tokens} were dropped")
-    room = getattr(config.get_text_config(), "max_position_embeddings", None)
+    largest, vocabulary = max(max(prompt.ids) for prompt in train + evaluation), config.get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise UserError(
+            f"--model {args.model}: its tokenizer gives token {largest}, and the model has only {vocabulary}: they do not "
+            f"belong together"
+        )
+    room = positions_of(config.get_text_config())
     longest = max(len(prompt.ids) for prompt in train + evaluation)
     if room and longest + args.max_new_tokens > room:
         raise UserError(
@@ -2188,11 +2298,9 @@ def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
 def load_reward_model(args, run) -> Callable:
     """A sequence-classification model with one label as a reward function; it may have a tokenizer of its own."""
     tokenizer = load_tokenizer(args.reward_model, "--reward-model", args)
-    options = {"dtype": run.compute_dtype, "use_safetensors": True, "trust_remote_code": args.trust_remote_code}
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(args.reward_model, **options).to(run.device).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"--reward-model {args.reward_model}: cannot be loaded: {first_line(error)}") from error
+    classifier = AutoModelForSequenceClassification
+    model = load_model(classifier, args.reward_model, "--reward-model", args, run.compute_dtype, attention=None)
+    model.to(run.device).eval()
     if model.config.num_labels != 1:
         raise UserError(
             f"--reward-model {args.reward_model}: has {model.config.num_labels} labels; a reward is a single number"
@@ -2866,6 +2974,7 @@ def save_final(run, model, tokenizer):
     weights = gathered(run, weights_of(model))
     if run.rank == 0:
         with complete_or_absent(run, run.folder / "final", "the final model") as partial:
+            model.config = getattr(model, "config_to_save", model.config)  # with the dropout that it came with
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
 

@@ -244,13 +244,13 @@ def main(args: Args) -> int:
     prompts = common.PromptStream(train_prompts, args.seed)
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
     sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)
+    common.check_model(run, policy, sampler, tokenizer)
     common.shard(run, policy)  # between the processes; nothing to do for one
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
     models = {"policy": policy} | ({"reference": reference} if reference else {})
     state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0}
-    common.check_model(run, policy, sampler, tokenizer)
     if args.compile:
         common.compile_layers(policy, reference, sampler.model)
     run.open_folder(state["step"])

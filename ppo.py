@@ -193,6 +193,7 @@ def main(args: Args) -> int:
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
     critic = common.shard(run, common.load_critic(args, run, policy)) if args.baseline == "critic" else None
     sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)
+    common.check_model(run, policy, sampler, tokenizer)
     common.shard(run, policy)  # between the processes; nothing to do for one
     learners = {"policy": policy} | ({"critic": critic} if critic else {})
     learning_rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
@@ -200,7 +201,6 @@ def main(args: Args) -> int:
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     models = learners | ({"reference": reference} if reference else {})
     state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0, "kl_coef": args.kl_coef}
-    common.check_model(run, policy, sampler, tokenizer)
     if args.compile:
         common.compile_layers(policy, reference, sampler.model, critic)
     run.open_folder(state["step"])

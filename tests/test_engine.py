@@ -520,8 +520,8 @@ def small_gemma2(**softcapping):
     return transformers.Gemma2Config(**helpers.SIZES, **helpers.GQA, head_dim=6, **softcapping)
 
 
-def checked(run, model):
-    sampler = common.Sampler(model, {1}, 1.0, 6, run.compute_dtype)
+def checked(run, model, max_new_tokens=6):
+    sampler = common.Sampler(model, {1}, 1.0, max_new_tokens, run.compute_dtype)
     tokenizer = types.SimpleNamespace(convert_ids_to_tokens=lambda i: f"<{i}>")
     common.check_model(run, model, sampler, tokenizer)
 
@@ -539,12 +539,39 @@ def test_check_model_refuses_logits_that_the_flat_row_gets_wrong(run, softcappin
     assert "\n" not in str(refusal.value)
 
 
-def test_check_model_refuses_a_head_that_does_more_than_multiply(run, llama):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_model_refuses_a_head_that_does_more_than_multiply(llama, dtype):
+    """By less than a bfloat16 pass may differ."""
     model = copy.deepcopy(llama)
-    model.lm_head.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 0.99 * output)
     with pytest.raises(common.UserError, match="differ by .* from those of transformers"):
-        checked(run, model)
+        checked(helpers.make_run(dtype=dtype), model)
     assert model.config._attn_implementation == "flat_row"  # as it was
+
+
+def test_check_model_keeps_within_the_positions(run):
+    """A table of 64 positions, of which the completions may take all but one."""
+    model = helpers.make_model("gpt2")
+    for room in (64, 12):
+        model.config.n_positions = room
+        model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:room]
+        checked(run, model, room - 1)
+
+
+def test_check_model_warns_where_the_sampler_is_far_from_the_trainer(llama, capsys, monkeypatch):
+    run = helpers.make_run(dtype="bfloat16")
+    checked(run, llama)
+    assert "disagree" not in capsys.readouterr().out
+    sample = common.Sampler.sample
+
+    def shifted(*args):
+        rollout = sample(*args)
+        rollout.sampler_logprobs = rollout.sampler_logprobs - 0.2
+        return rollout
+
+    monkeypatch.setattr(common.Sampler, "sample", shifted)
+    checked(run, llama)
+    assert "warning: sampler and trainer disagree: --dtype float32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_window", "cohere"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -37,6 +38,11 @@ def save_model(folder, family="llama", ends=1, **special):
     model.save_pretrained(folder)
     save_tokenizer(folder, **({"eos_token": "<end>"} | special))
     return str(folder)
+
+
+def edit_config(folder, **values):
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def save_rows(path, rows):
@@ -95,10 +101,33 @@ def test_all_end_tokens_of_the_generation_config_end_a_completion(tmp_path, text
     assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
 
 
+def test_end_tokens_may_be_a_list_in_the_config_but_have_to_be_numbers(tmp_path, texts, reward_file, capsys):
+    model = save_model(tmp_path / "model")
+    (tmp_path / "model/generation_config.json").unlink()
+    edit_config(model, eos_token_id=[1, 4])
+    flags = ["--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b"]
+    train(grpo, tmp_path, *flags)
+    assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": "1"}')
+    with pytest.raises(common.UserError, match="--model .* eos_token_id .* is no number: .*'1'"):
+        train(grpo, tmp_path / "again", *flags)
+
+
+@pytest.mark.parametrize("script", [grpo, ppo])
+def test_a_model_with_a_vision_tower_trains_on_text(script, tmp_path, texts, reward_file, capsys):
+    """Its end tokens and hidden size stand in the config of its text part."""
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    text = helpers.FAMILIES["gemma3_window"]().to_dict()
+    model = helpers.config_model(transformers.Gemma3Config(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", eos_token="<other-end>")
+    train(script, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
+    assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
+
+
 def test_model_without_any_end_token_is_refused(tmp_path, texts, reward_file):
     model = save_model(tmp_path / "model", ends=None, eos_token=None, pad_token="<pad>")
-    config = json.loads((tmp_path / "model/config.json").read_text()) | {"eos_token_id": None}
-    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    edit_config(model, eos_token_id=None)
     with pytest.raises(common.UserError, match="end token"):
         train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
 
@@ -196,6 +225,71 @@ def test_a_reward_model_that_cannot_take_the_prompts_is_refused_before_the_polic
     rows = save_rows(tmp_path / "rows.jsonl", [{"prompt": prompt, "answer": "b"}] * 12)
     with pytest.raises(common.UserError, match=named):
         train(grpo, tmp_path, "--dataset", rows, "--reward-model", tmp_path / "judge")
+
+
+@pytest.mark.parametrize("family, noise", {"llama": "attention_dropout", "opt": "dropout", "mixtral": "router_jitter_noise"}.items())
+def test_dropout_and_jitter_of_the_config_are_off_and_saved_as_they_were(family, noise, tmp_path, texts, reward_file):
+    opt = transformers.OPTConfig(**helpers.SIZES, ffn_dim=24, word_embed_proj_dim=16)
+    helpers.config_model(opt if family == "opt" else helpers.FAMILIES[family]()).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", eos_token="<end>")
+    edit_config(tmp_path / "model", **{noise: 0.5})
+    folder = train(grpo, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
+    before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "model", folder / "final"))
+    assert after[noise] == 0.5 and after == before
+
+
+def test_weights_that_are_damaged_or_missing_are_refused(tmp_path, texts, reward_file):
+    good, other = save_model(tmp_path / "model"), save_model(tmp_path / "other")
+    flags = ["--dataset", texts, "--reward", f"{reward_file}:many_b"]
+    edit_config(other, num_hidden_layers=3)
+    with pytest.raises(common.UserError, match=r"--model .* weights .* are missing: model\.layers\.2\."):
+        train(grpo, tmp_path, "--model", other, *flags)
+    with pytest.raises(common.UserError, match=r"--critic-model .* weights .* are missing: layers\.2\."):
+        train(ppo, tmp_path, "--model", good, "--critic-model", other, *flags)
+    edit_config(other, num_hidden_layers=2, num_labels=1)
+    with pytest.raises(common.UserError, match=r"--reward-model .* missing: score\.weight"):
+        train(grpo, tmp_path, "--model", good, "--reward-model", other, *flags)
+    weights = Path(other, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:500])
+    for flag in ("--model", "--reward-model"):
+        with pytest.raises(common.UserError, match=f"{flag} .*cannot be loaded: .*header"):
+            train(grpo, tmp_path, "--model", good, flag, other, *flags)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["de"])  # token 29 of a model that has 29
+    tokenizer.save_pretrained(model)
+    with pytest.raises(common.UserError, match="--model .* its tokenizer gives token 29, and the model has only 29"):
+        train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_families_that_the_flat_row_cannot_run_are_named(tmp_path, texts, reward_file):
+    mpt = transformers.MptConfig(vocab_size=helpers.VOCABULARY, d_model=16, n_heads=4, n_layers=2, eos_token_id=1)
+    falcon = transformers.FalconConfig(**helpers.SIZES)
+    for config, said in ((mpt, "MptForCausalLM is of a kind"), (falcon, "cannot be loaded: its family keeps to attention of its own")):
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        save_tokenizer(tmp_path / "model", eos_token="<end>")
+        with pytest.raises(common.UserError, match=f"--model .*{said}.* this project does not run"):
+            train(grpo, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_a_model_with_code_of_its_own_names_the_flag_that_runs_it(tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model")
+    edit_config(model, model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
+    Path(model, "code.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(common.UserError, match="--model .* code of its own; --trust-remote-code"):
+        train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a port that refuses
+    args = common.parse_args(grpo.Args, ["--model", "someone/model"])
+    with pytest.raises(common.UserError, match="--model someone/model: no tokenizer could be loaded: .*connect"):
+        common.load_tokenizer(args.model, "--model", args)
+    assert "Retrying" not in capfd.readouterr().err
 
 
 def test_critic_starts_from_another_model(tmp_path, texts, reward_file):

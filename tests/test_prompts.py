@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
+import helpers
 
 CHAT = [{"role": "user", "content": "hi"}]
 TEMPLATE = (
@@ -184,7 +185,7 @@ def test_hub_dataset_goes_through_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert common.load_rows("a/b:main", "train") == [{"prompt": "a/b main", "answer": 1}]
     assert common.load_rows("a/b", "train")[0]["prompt"] == "a/b None"
-    with pytest.raises(common.UserError, match='a/b, split test: ValueError: Unknown split "test". Should'):
+    with pytest.raises(common.UserError, match='--eval-dataset a/b, split test: ValueError: Unknown split "test". Should'):
         common.load_rows("a/b", "test")
     with pytest.raises(common.UserError, match="a/b row 0: no column 'question'"):
         common.load_rows("a/b", "train", "question")
@@ -222,6 +223,36 @@ def test_chat_goes_through_the_template_once():
     assert decoded([{"prompt": own}], tokenizer, "be") == ["<system>own;<user>hi;<assistant>"]
     begun = [*CHAT, {"role": "assistant", "content": "well"}]
     assert decoded([{"prompt": begun}], tokenizer) == ["<user>hi;<assistant>well"]
+
+
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+DROPPING = TEMPLATE.replace("%}<{{ m.role", "if m.role != 'system' %}<{{ m.role", 1)
+
+
+@pytest.mark.parametrize("template", [REFUSING, DROPPING], ids=["refusing", "dropping"])
+def test_system_message_that_the_template_does_not_take_goes_before_the_users_text(template):
+    tokenizer = make_tokenizer(template=template)
+    own = [{"role": "system", "content": "own"}, *CHAT]
+    assert decoded([{"prompt": CHAT}, {"prompt": "hi"}], tokenizer, "be") == ["<user>be[U][U]hi;<assistant>"] * 2
+    assert decoded([{"prompt": own}], tokenizer) == ["<user>own[U][U]hi;<assistant>"]
+    assert own[1] == CHAT[0] == {"role": "user", "content": "hi"}  # as they were
+    assert decoded([{"prompt": "hi"}], tokenizer, "") == ["<user>hi;<assistant>"]
+
+
+def test_what_becomes_of_the_chat_template_is_said(capsys):
+    def said(template, system_prompt, prompt="hi"):
+        run, rows = helpers.make_run(system_prompt=system_prompt, model="m", dataset="d"), [{"prompt": prompt}] * 12
+        config = transformers.LlamaConfig(vocab_size=50)
+        common.tokenize_train_and_eval(run.args, run, make_tokenizer(template=template), config, rows[:11], rows[11:])
+        run.advise({"reward/mean": 0.5, "reward/std": 1.0, "completions/truncated_ratio": 1.0, "completions/mean_length": 9.0})
+        return capsys.readouterr().out
+
+    unused, no_place = 'the chat template; with --system-prompt "" they do', "no place for a system message"
+    told = said(TEMPLATE, None)
+    assert unused in told and 'raise --max-new-tokens, or use the chat template: --system-prompt ""' in told
+    assert no_place in said(REFUSING, "be") and no_place in said(DROPPING, None, [{"role": "system", "content": "own"}, *CHAT])
+    for quiet in (said(None, None), said(TEMPLATE, "be"), said(DROPPING, ""), said(REFUSING, None, CHAT)):
+        assert unused not in quiet and no_place not in quiet and "--system-prompt" not in quiet
 
 
 def test_prompt_carries_what_reward_functions_receive():
