@@ -479,11 +479,11 @@ class Run:
         if "reward/mean" not in metrics:
             return
         cut, equal = metrics["completions/truncated_ratio"], metrics.get("reward/frac_zero_std", 0.0)
+        template = ', or use the chat template: --system-prompt ""' if self.leaves_template_unused else ""
         if "first rollout" not in self.said:
             self.said.add("first rollout")
             groups = f", {equal:.0%} of groups with equal scores" if "reward/frac_zero_std" in metrics else ""
             self.say(f"first rollout: mean score {metrics['reward/mean']:.3g}, {cut:.0%} cut off{groups}")
-        template = ', or use the chat template: --system-prompt ""' if self.leaves_template_unused else ""
         advice = {
             f"no completion ends: the end token was never sampled; raise --max-new-tokens{template}": cut == 1,
             "most completions are cut off at --max-new-tokens; raise it": 0.5 < cut < 1,

@@ -90,6 +90,71 @@ def test_both_scripts_train_every_family_and_save_what_transformers_loads(family
         assert transformers.AutoTokenizer.from_pretrained(folder / "final")("abc").input_ids == [5, 6, 7]
 
 
+@pytest.mark.parametrize("family, noise", {"llama": "attention_dropout", "opt": "dropout", "mixtral": "router_jitter_noise"}.items())
+def test_dropout_and_jitter_of_the_config_are_off_and_saved_as_they_were(family, noise, tmp_path, texts, reward_file):
+    opt = transformers.OPTConfig(**helpers.SIZES, ffn_dim=24, word_embed_proj_dim=16)
+    helpers.config_model(opt if family == "opt" else helpers.FAMILIES[family]()).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", eos_token="<end>")
+    edit_config(tmp_path / "model", **{noise: 0.5})
+    folder = train(grpo, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
+    before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "model", folder / "final"))
+    assert after[noise] == 0.5 and after == before
+
+
+def test_weights_that_are_damaged_or_missing_are_refused(tmp_path, texts, reward_file):
+    good, other = save_model(tmp_path / "model"), save_model(tmp_path / "other")
+    flags = ["--dataset", texts, "--reward", f"{reward_file}:many_b"]
+    edit_config(other, num_hidden_layers=3)
+    with pytest.raises(common.UserError, match=r"--model .* weights .* are missing: model\.layers\.2\."):
+        train(grpo, tmp_path, "--model", other, *flags)
+    with pytest.raises(common.UserError, match=r"--critic-model .* weights .* are missing: layers\.2\."):
+        train(ppo, tmp_path, "--model", good, "--critic-model", other, *flags)
+    edit_config(other, num_hidden_layers=2, num_labels=1)
+    with pytest.raises(common.UserError, match=r"--reward-model .* missing: score\.weight"):
+        train(grpo, tmp_path, "--model", good, "--reward-model", other, *flags)
+    weights = Path(other, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:500])
+    for flag in ("--model", "--reward-model"):
+        with pytest.raises(common.UserError, match=f"{flag} .*cannot be loaded: .*header"):
+            train(grpo, tmp_path, "--model", good, flag, other, *flags)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["de"])  # token 29 of a model that has 29
+    tokenizer.save_pretrained(model)
+    with pytest.raises(common.UserError, match="--model .* its tokenizer gives token 29, and the model has only 29"):
+        train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_families_that_the_flat_row_cannot_run_are_named(tmp_path, texts, reward_file):
+    mpt = transformers.MptConfig(vocab_size=helpers.VOCABULARY, d_model=16, n_heads=4, n_layers=2, eos_token_id=1)
+    falcon = transformers.FalconConfig(**helpers.SIZES)
+    for config, said in ((mpt, "MptForCausalLM is of a kind"), (falcon, "cannot be loaded: its family keeps to attention of its own")):
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        save_tokenizer(tmp_path / "model", eos_token="<end>")
+        with pytest.raises(common.UserError, match=f"--model .*{said}.* this project does not run"):
+            train(grpo, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_a_model_with_code_of_its_own_names_the_flag_that_runs_it(tmp_path, texts, reward_file):
+    model = save_model(tmp_path / "model")
+    edit_config(model, model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
+    Path(model, "code.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(common.UserError, match="--model .* code of its own; --trust-remote-code"):
+        train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a port that refuses
+    args, started = common.parse_args(grpo.Args, ["--model", "someone/model"]), time.time()
+    with pytest.raises(common.UserError, match="--model someone/model: no tokenizer could be loaded: .*connect"):
+        common.load_tokenizer(args.model, "--model", args)
+    assert time.time() - started < 5 and "Retrying" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("special", [{}, {"pad_token": "<end>"}, {"pad_token": "<pad>"}, {"adds_bos": True, "bos_token": "<user>"}], ids=str)
 def test_tokenizers_without_pad_with_pad_equal_to_end_and_with_bos(special, tmp_path, texts, reward_file):
     model = save_model(tmp_path / "model", **special)
@@ -193,71 +258,6 @@ def test_reward_model_with_a_tokenizer_of_its_own_scores_prompt_and_completion(t
     for text, score in zip(["abc", "abcd", "baaaa"], got):
         ids = torch.tensor([[2, *(WORDS.index(c) for c in text)]])
         assert score == pytest.approx(judge.eval()(ids).logits.item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("family, noise", {"llama": "attention_dropout", "opt": "dropout", "mixtral": "router_jitter_noise"}.items())
-def test_dropout_and_jitter_of_the_config_are_off_and_saved_as_they_were(family, noise, tmp_path, texts, reward_file):
-    opt = transformers.OPTConfig(**helpers.SIZES, ffn_dim=24, word_embed_proj_dim=16)
-    helpers.config_model(opt if family == "opt" else helpers.FAMILIES[family]()).save_pretrained(tmp_path / "model")
-    save_tokenizer(tmp_path / "model", eos_token="<end>")
-    edit_config(tmp_path / "model", **{noise: 0.5})
-    folder = train(grpo, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
-    before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "model", folder / "final"))
-    assert after[noise] == 0.5 and after == before
-
-
-def test_weights_that_are_damaged_or_missing_are_refused(tmp_path, texts, reward_file):
-    good, other = save_model(tmp_path / "model"), save_model(tmp_path / "other")
-    flags = ["--dataset", texts, "--reward", f"{reward_file}:many_b"]
-    edit_config(other, num_hidden_layers=3)
-    with pytest.raises(common.UserError, match=r"--model .* weights .* are missing: model\.layers\.2\."):
-        train(grpo, tmp_path, "--model", other, *flags)
-    with pytest.raises(common.UserError, match=r"--critic-model .* weights .* are missing: layers\.2\."):
-        train(ppo, tmp_path, "--model", good, "--critic-model", other, *flags)
-    edit_config(other, num_hidden_layers=2, num_labels=1)
-    with pytest.raises(common.UserError, match=r"--reward-model .* missing: score\.weight"):
-        train(grpo, tmp_path, "--model", good, "--reward-model", other, *flags)
-    weights = Path(other, "model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:500])
-    for flag in ("--model", "--reward-model"):
-        with pytest.raises(common.UserError, match=f"{flag} .*cannot be loaded: .*header"):
-            train(grpo, tmp_path, "--model", good, flag, other, *flags)
-
-
-def test_a_tokenizer_of_another_model_is_refused(tmp_path, texts, reward_file):
-    model = save_model(tmp_path / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens(["de"])  # token 29 of a model that has 29
-    tokenizer.save_pretrained(model)
-    with pytest.raises(common.UserError, match="--model .* its tokenizer gives token 29, and the model has only 29"):
-        train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
-
-
-def test_families_that_the_flat_row_cannot_run_are_named(tmp_path, texts, reward_file):
-    mpt = transformers.MptConfig(vocab_size=helpers.VOCABULARY, d_model=16, n_heads=4, n_layers=2, eos_token_id=1)
-    falcon = transformers.FalconConfig(**helpers.SIZES)
-    for config, said in ((mpt, "MptForCausalLM is of a kind"), (falcon, "cannot be loaded: its family keeps to attention of its own")):
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-        save_tokenizer(tmp_path / "model", eos_token="<end>")
-        with pytest.raises(common.UserError, match=f"--model .*{said}.* this project does not run"):
-            train(grpo, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
-
-
-def test_a_model_with_code_of_its_own_names_the_flag_that_runs_it(tmp_path, texts, reward_file):
-    model = save_model(tmp_path / "model")
-    edit_config(model, model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
-    Path(model, "code.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(common.UserError, match="--model .* code of its own; --trust-remote-code"):
-        train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
-
-
-def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capfd):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a port that refuses
-    args, started = common.parse_args(grpo.Args, ["--model", "someone/model"]), time.time()
-    with pytest.raises(common.UserError, match="--model someone/model: no tokenizer could be loaded: .*connect"):
-        common.load_tokenizer(args.model, "--model", args)
-    assert time.time() - started < 5 and "Retrying" not in capfd.readouterr().err
 
 
 def test_critic_starts_from_another_model(tmp_path, texts, reward_file):
