@@ -1646,7 +1646,7 @@ def check_model(run, model, sampler, tokenizer):
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{name} is of a kind that this project does not run ({one_line(error)})") from error
-    if not family_gap < 1e-3:
+    if not family_gap < 1e-2:  # float32 rounds off some 1e-4 in a deep model, and a wrong family is off by far more
         raise UserError(
             f"{name} has a cache, positions or head of a kind that this project does not run (its log-probs differ by "
             f"{family_gap:.2g} from those of transformers)"
