@@ -2324,7 +2324,7 @@ def load_reward_model(args, run) -> Callable:
             what = f"has {room} positions, but a prompt with its completion {len(ids)} tokens"
             raise UserError(f"--reward-model {args.reward_model}: {what}; lower --max-prompt-tokens or --max-new-tokens")
         if max(ids) >= known:
-            raise UserError(f"--reward-model {args.reward_model}: its tokenizer gives token {max(ids)}, but it knows {known}")
+            raise UserError(f"--reward-model {args.reward_model}: its tokenizer has token {max(ids)}, but it knows {known}")
         return ids
 
     @torch.no_grad()

@@ -213,7 +213,7 @@ def test_reward_model_without_a_pad_token_scores_several_completions_at_once(tmp
     [
         ({"max_position_embeddings": 6}, "abc", "--max-new-tokens 6: --reward-model .*judge has 6 positions"),
         ({"max_position_embeddings": 7}, "abcdefgh", "--reward-model .*judge: has 7 positions, but a prompt .* 8 tokens"),
-        ({"vocab_size": 6}, "abc", "--reward-model .*judge: its tokenizer gives token 7, but it knows 6"),
+        ({"vocab_size": 6}, "abc", "--reward-model .*judge: its tokenizer has token 7, but it knows 6"),
         ({}, [{"role": "user", "content": "ab"}], "--reward-model .*judge: has no chat template, but the prompts are chats"),
     ],
 )
