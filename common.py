@@ -727,7 +727,10 @@ class PackedLayout:
         return torch.cat(out)
 
     def mask(self, window, dtype):
-        """Additive masks: (1, 1, P, P), None if plainly causal, and (b, 1, C, P + C) of each part; `window`: tokens seen back, or None."""
+        """Additive masks: (1, 1, P, P), None if plainly causal, and (b, 1, C, P + C) of each part.
+
+        window: how many tokens back each one sees; None: all.
+        """
         if (window, dtype) not in self.masks:
             p, prompt_mask = torch.arange(self.P, device=self.positions.device), None
             if window is not None and window < self.P:

@@ -295,7 +295,7 @@ def main(args: Args) -> int:
             batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
             rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
         else:
-            run.warn_once("process supervision: --advantage, --scale-rewards and --overlong-buffer do not act on lists of rewards")
+            run.warn_once("--advantage, --scale-rewards and --overlong-buffer do not act on lists of rewards")
             step_rewards, step_ends = common.dense_table(scores.dense, rollout)  # (B, C)
             rollout.advantages = process_advantages(step_rewards, G, step_ends)  # (B, C)
             if not rollout.advantages.any() and not has_equal_scores(scores.total, G).all():
