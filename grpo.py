@@ -110,6 +110,21 @@ LOSS_DEFAULTS = {  # clip_low, clip_high, scale_rewards: from the paper of each;
 }
 
 
+def fill_in_defaults_of_loss(args: Args) -> dict[str, float | bool]:
+    """Set what --loss decides where no flag does, and return it; refuses flags that would do nothing."""
+    defaults = dict(zip(("clip_low", "clip_high", "scale_rewards"), LOSS_DEFAULTS[args.loss]))
+    defaults["scale_rewards"] &= args.advantage != "rloo"
+    defaults = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    vars(args).update(defaults)
+    if args.advantage == "rloo" and args.scale_rewards:
+        raise common.UserError("--scale-rewards: --advantage rloo divides by no spread")
+    if args.advantage == "batch" and not args.scale_rewards:
+        raise common.UserError("--advantage batch is about the spread to divide by: add --scale-rewards")
+    if args.loss == "cispo" and args.clip_low < math.inf:
+        raise common.UserError("--clip-low: --loss cispo bounds the ratio from above only")
+    return defaults
+
+
 # =============================================================================
 # The mathematics
 # =============================================================================
@@ -221,18 +236,8 @@ def process_advantages(step_rewards: Tensor, group_size: int, step_ends: Tensor 
 
 
 def main(args: Args) -> int:
-    defaults = dict(zip(("clip_low", "clip_high", "scale_rewards"), LOSS_DEFAULTS[args.loss]))
-    defaults["scale_rewards"] &= args.advantage != "rloo"
-    defaults = {name: value for name, value in defaults.items() if getattr(args, name) is None}
-    vars(args).update(defaults)
-    if args.advantage == "rloo" and args.scale_rewards:
-        raise common.UserError("--scale-rewards: --advantage rloo divides by no spread")
-    if args.advantage == "batch" and not args.scale_rewards:
-        raise common.UserError("--advantage batch is about the spread to divide by: add --scale-rewards")
-    if args.loss == "cispo" and args.clip_low < math.inf:
-        raise common.UserError("--clip-low: --loss cispo bounds the ratio from above only")
-
     # ---- Set-up: what can be wrong without a model is found before one loads ----
+    defaults = fill_in_defaults_of_loss(args)
     run = common.Run(args, "grpo")
     G = args.group_size
     if args.loss != "grpo" and defaults:
