@@ -31,11 +31,14 @@ FAMILIES = {
     "cohere": lambda: transformers.CohereConfig(**SIZES, **GQA, logit_scale=0.4),
     "granite": lambda: transformers.GraniteConfig(**SIZES, **GQA, logits_scaling=3.0),
     "mistral_window": lambda: transformers.MistralConfig(**SIZES, **GQA, sliding_window=4),
+    "qwen2_window": lambda: transformers.Qwen2Config(
+        **SIZES, **GQA, use_sliding_window=True, sliding_window=4, layer_types=["full_attention", "sliding_attention"]
+    ),
     "gemma3_window": lambda: transformers.Gemma3TextConfig(
         **SIZES, **GQA, head_dim=6, sliding_window=3, layer_types=["sliding_attention", "full_attention"]
     ),
 }
-WINDOWED = ["mistral_window", "gemma3_window"]
+WINDOWED = ["mistral_window", "qwen2_window", "gemma3_window"]
 
 
 def config_model(config, seed=0):
