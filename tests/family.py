@@ -58,10 +58,11 @@ def main():
             bar.update()
         final = {level: [some[f"eval/accuracy{level}"][-1][1] for some in runs] for level in ("", "_easy", "_hard")}
         needed = [next((step for step, value in some["eval/accuracy"] if value >= 0.9), math.inf) for some in runs]
+        there, needed = sum(map(math.isfinite, needed)), statistics.median_high(needed)
         clipped = [statistics.mean(value for _, value in some["losses/clipfrac"]) for some in runs]
         kl = [some["objective/kl_seq"][-1][1] for some in runs if "objective/kl_seq" in some]
         cells = [f"`{flags}`", with_range(final[""], ".3f"), *(f"{statistics.median(final[x]):.3f}" for x in ("_easy", "_hard"))]
-        cells += [f"{statistics.median_high(needed)}", f"{statistics.median(clipped):.3f}"]
+        cells += [f"{there} of {len(SEEDS)} seeds" if math.isinf(needed) else f"{needed}", f"{statistics.median(clipped):.3f}"]
         cells += [f"{statistics.median(kl):.2f}" if kl else "-"]
         tqdm.write(f"| {' | '.join(cells)} |", file=sys.stdout)
     bar.close()
