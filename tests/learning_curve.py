@@ -45,7 +45,7 @@ def draw(curves):
             axis.plot(steps, [v[len(v) // 2] for v in values], style, color=COLOURS[script], label=label, linewidth=2)
             if column == 1:
                 axis.fill_between(steps, [v[0] for v in values], [v[-1] for v in values], color=COLOURS[script], alpha=0.2)
-        axis.set(title=f"{script}.py", xlabel="step (256 completions each)", ylim=(0.2, 1.01))
+        axis.set(title=f"{script}.py", xlabel="step (256 completions each)", ylim=(0, 1.01))
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right", frameon=False)
     axes[0].set_ylabel("held-out accuracy (greedy)")
