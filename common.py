@@ -2833,7 +2833,7 @@ def matrix_rate(device, dtype) -> float:
 def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners: list[nn.Module]) -> dict[str, float]:
     """What both scripts log of a step, with what the script itself has put into `means`."""
     run.phase(None)
-    run.trainer_state.global_step += 1
+    run.trainer_state.global_step += 1  # the rollout is done: what evaluates after this step counts it
     total, valid = rollout.scores.nan_to_num(0), ~rollout.scores.isnan()
     means.add("reward/mean", total, valid)
     means.add("reward_square", total.square(), valid)

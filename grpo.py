@@ -300,14 +300,9 @@ def main(args: Args) -> int:
             batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
             rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
         else:
-            run.warn_once("--advantage, --scale-rewards and --overlong-buffer do not act on lists of rewards")
             step_rewards, step_ends = common.dense_table(scores.dense, rollout)  # (B, C)
             rollout.advantages = process_advantages(step_rewards, G, step_ends)  # (B, C)
-            if not rollout.advantages.any() and not has_equal_scores(scores.total, G).all():
-                run.warn_once(
-                    "nothing is learned from lists of rewards whose steps are all equal: "
-                    "a step reward of 0 means that no step ends there; give a wrong step -1"
-                )
+            warn_of_process_supervision(run, rollout, scores)
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
         run.phase("update")
@@ -375,8 +370,19 @@ def main(args: Args) -> int:
 
 
 # =============================================================================
-# Dynamic sampling
+# What only some runs need
 # =============================================================================
+
+
+def warn_of_process_supervision(run, rollout, scores):
+    """Say which flags do not act on lists of rewards, and when these lists teach nothing although the scores differ."""
+    if run.args.advantage != "group" or not run.args.scale_rewards or run.args.overlong_buffer:
+        run.warn_once("--advantage, --no-scale-rewards and --overlong-buffer do not act on lists of rewards")
+    if not rollout.advantages.any() and not has_equal_scores(scores.total, run.args.group_size).all():
+        run.warn_once(
+            "nothing is learned from lists of rewards whose steps are all equal: "
+            "a step reward of 0 means that no step ends there; give a wrong step -1"
+        )
 
 
 def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores):

@@ -327,6 +327,15 @@ def test_dense_rewards_reach_the_update(script, tiny_folder, tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before) == same
 
 
+@pytest.mark.parametrize("flags, said", [("", False), ("--advantage rloo", True), ("--no-scale-rewards", True), ("--overlong-buffer 2", True)])
+def test_flags_that_do_not_act_on_lists_of_rewards_are_said(tiny_folder, tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text("def dense(completion_ids, **_):\n    return [[t / 10 for t in i] for i in completion_ids]\n")
+    rewards = ["--reward", "rewards.py:dense", "--eval-reward", "exact"]
+    grpo.main(common.parse_args(grpo.Args, ["--model", str(tiny_folder), *map(str, SHORT), *rewards, *flags.split()]))
+    assert ("do not act on lists of rewards" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("module", [grpo, ppo], ids=["grpo", "ppo"])
 def test_functions_of_trl_read_the_state_and_log_numbers_and_columns(script, monkeypatch, tiny_folder, tmp_path, module):
     """Steps done at each call: the first evaluation, two rollouts, the last evaluation."""
