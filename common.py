@@ -517,14 +517,15 @@ class Run:
                 self.warn_once(text)
 
     def log_samples(self, step, prompts, completions, scores, extra):
-        """A table of the first completions with their scores and the columns of `extra`, after the last step without
-        these also in the terminal."""
+        """A table of some completions, of prompts all over the rollout, with their scores and the columns of `extra`; after
+        the last step, without these, also in the terminal."""
         if self.rank > 0 or self.args.log_samples == 0:
             return
-        n = self.args.log_samples
-        rows = [(str(p.prompt), text, f"{score:.3g}") for p, text, score in zip(prompts[:n], completions, scores.tolist())]
+        n = min(self.args.log_samples, len(prompts))
+        chosen = [i * len(prompts) // n for i in range(n)]
+        rows = [(str(prompts[i].prompt), completions[i], f"{scores[i].item():.3g}") for i in chosen]
         table = [("prompt", "completion", "score", *extra), ["---"] * (3 + len(extra))]
-        table += [(*row, *map(str, cells)) for row, *cells in zip(rows, *extra.values())]
+        table += [(*row, *(str(column[i]) for column in extra.values())) for i, row in zip(chosen, rows)]
         table = [[cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row] for row in table]
         self.writer.add_text("completions/samples", "\n".join(f"| {' | '.join(row)} |" for row in table), step)
         if step == self.args.steps:
@@ -950,9 +951,8 @@ class HeadLogprobs(torch.autograd.Function):
             chosen = torch.where(inside, logits.gather(1, column), chosen)
             # log of the block's sum of exp(logits), from its largest entry: p = exp(z) / sum
             totals.append(logits.amax(dim=-1, keepdim=True) - softmax.amax(dim=-1, keepdim=True).log())
-            if with_entropy:  # the mean logit, as a product of rows: it needs no third table
-                with torch.autocast(device, enabled=False):  # which would round both tables
-                    means.append(torch.bmm(softmax[:, None], logits[:, :, None])[:, 0])
+            if with_entropy:  # the mean logit; nothing reads the logits after it
+                means.append(logits.mul_(softmax).sum(dim=-1, keepdim=True))
             kept += [softmax] * keep
         totals = torch.cat(totals, dim=1)  # (n, blocks)
         log_total = totals.logsumexp(dim=1, keepdim=True)
@@ -1133,13 +1133,12 @@ def packed(weight, rows):
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
 
-def draw(logits, uniform):
-    """Tokens (n,) from softmax(logits (n, V)) by inverting its cumulative distribution at uniform (n,) in [0, 1).
+def draw(probs, uniform):
+    """Tokens (n,) from distributions probs (n, V) by inverting the cumulative distribution at uniform (n,) in [0, 1).
 
     One random number a row instead of V; the same distribution. Also the tokens' log-probabilities (n,). First among
     blocks of tokens, then within one: a running sum over the whole vocabulary is slow on a GPU, and rounds.
     """
-    probs = logits.softmax(dim=-1)
     size = max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if probs.shape[1] % n == 0)
     blocks = probs.view(len(probs), -1, size)
     block, rest = invert(blocks.sum(dim=-1), uniform[:, None])
@@ -1253,12 +1252,13 @@ class Sampler:
     def logits(self, states):
         head, scale = self.model.get_output_embeddings(), logit_scale(self.model) / self.temperature
         if self.packed_head is not None:
-            return torch.ops.mkldnn._linear_pointwise(states, self.packed_head, head.bias, "none", [], "").mul_(scale)
+            logits = torch.ops.mkldnn._linear_pointwise(states, self.packed_head, head.bias, "none", [], "")
+            return logits if scale == 1.0 else logits.mul_(scale)
         logits = states.new_empty(len(states), len(head.weight), dtype=torch.float32)
         return head_logits(states.to(head.weight.dtype), head.weight, head.bias, scale, out=logits)
 
     def choose(self, logits, greedy):
-        """Choose and record a token for each live row from logits (live, V)."""
+        """Choose and record a token for each live row from logits (live, V), whose memory it takes."""
         live = slice(self.cache.live)
         sequence, finished = self.sequence[live], self.finished[live]
         cell = sequence * self.C + self.t  # of the flattened (B, C) tables
@@ -1266,7 +1266,8 @@ class Sampler:
             tokens = logits.argmax(dim=-1)
             logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
         else:
-            tokens, logprobs = draw(logits, self.uniforms.view(-1).index_select(0, cell))
+            probs = torch.softmax(logits, dim=-1, out=logits)
+            tokens, logprobs = draw(probs, self.uniforms.view(-1).index_select(0, cell))
         self.ids.view(-1).index_copy_(0, cell, torch.where(finished, self.pad_id, tokens))
         self.logprobs.view(-1).index_copy_(0, cell, torch.where(finished, 0.0, logprobs))
         self.lengths.index_add_(0, sequence, (~finished).long())
@@ -1404,6 +1405,7 @@ def checkpoint_layers(model):
     """Keep no activations inside the layers: the backward pass computes them again. Renamed in transformers 5.23."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # which only the other kind of checkpointing needs: a hook, so no `TiedWeight`
 
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, safetensors.SafetensorError)

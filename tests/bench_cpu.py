@@ -51,6 +51,7 @@ class Workload:
     micro_batch_tokens: int  # of this project; the leanest of those that are as fast as any
     trl_micro_batch: int  # sequences; the fastest of those tried
     steps: int
+    gradient_checkpointing: bool = False  # of this project; TRL gets neither leaner nor faster by it
 
     @property
     def sequences(self):
@@ -60,7 +61,7 @@ class Workload:
 WORKLOADS = {
     "W1": Workload(128, 4, 40, 8, 32, 8, 12, 0.135, 1024, 64, 20),  # mean length about 6
     "W2": Workload(256, 6, 4096, 64, 8, 8, 128, 0.0106, 1024, 16, 7),  # 67
-    "W3": Workload(256, 4, 151_936, 16, 4, 8, 64, 0.0185, 2048, 8, 5),  # 36
+    "W3": Workload(256, 4, 151_936, 16, 4, 8, 64, 0.0185, 2048, 8, 5, True),  # 36
 }
 KL_COEF, LEARNING_RATE = 0.05, 1e-6
 
@@ -150,6 +151,7 @@ def run_ours(algorithm: str, folder: Path, w: Workload, options):
         "prompts-per-step": w.prompts, "max-new-tokens": w.max_new_tokens, "steps": 10_000, "kl-coef": KL_COEF,
         "learning-rate": LEARNING_RATE, "warmup-steps": 0, "num-minibatches": 1, "eval-every": 0, "eval-prompts": 1,
         "output-dir": folder / f"run-{os.getpid()}", "device": "cpu", "log-samples": 0, "micro-batch-tokens": w.micro_batch_tokens,
+        "gradient-checkpointing": w.gradient_checkpointing,
     }  # fmt: skip
     if algorithm == "grpo":
         flags |= {"group-size": w.group, "update-epochs": 1}

@@ -220,10 +220,34 @@ def test_gradient_is_that_of_plain_autograd_whatever_the_micro_batches(family, s
         helpers.assert_same_gradients(helpers.gradients(model), want)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(family):
+    """Numbers that autograd keeps are counted; those of the head's blocks are the same in both."""
+    model = helpers.make_model(family)
+    rollout, _, _ = helpers.ragged_rollout()
+    kept, gradients = [], []
+    for checkpointed in (False, True):
+        if checkpointed:
+            common.checkpoint_layers(model)
+        model.train()
+        model.zero_grad(set_to_none=True)
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: numbers.append(x.numel()) or x, lambda x: x):
+            loss = common.completion_logprobs(model, rollout, 1.0).sum()
+        loss.backward()
+        kept.append(sum(numbers))
+        gradients.append(helpers.gradients(model))
+    assert kept[1] < 0.6 * kept[0], kept
+    helpers.assert_same_gradients(gradients[1], gradients[0], 1e-6)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family, tables", [("llama", 0), ("qwen2", 1)])
-def test_tied_weights_get_one_table_of_gradients(family, tables):
+def test_tied_weights_get_one_table_of_gradients(family, tables, checkpointed):
     """The lookup makes none of its own where the head has the same weight; what is in it, the tests above compare."""
     model = helpers.make_model(family)
+    if checkpointed:
+        common.checkpoint_layers(model)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     rollout, _, _ = helpers.ragged_rollout()
     loss = common.completion_logprobs(model, rollout, 1.0).sum()
@@ -492,7 +516,7 @@ def test_draw_has_the_frequencies_of_the_softmax():
     """Chi-square over 20 tokens, 200,000 draws: 43.8 is exceeded once in a thousand seeds, and this seed is fixed."""
     logits = 1.5 * torch.randn(1, 20)
     n = 200_000
-    tokens, logprobs = common.draw(logits.expand(n, 20), torch.rand(n))
+    tokens, logprobs = common.draw(logits.softmax(-1).expand(n, 20), torch.rand(n))
     want = n * logits[0].double().softmax(-1)
     counts = torch.bincount(tokens, minlength=20).double()
     assert float(((counts - want) ** 2 / want).sum()) < 43.8
@@ -508,7 +532,7 @@ def test_draw_never_takes_a_token_of_probability_zero(uniform, vocabulary):
     logits[4, ::2] = -math.inf
     logits[5] = -200.0
     logits[5, vocabulary // 3] = 0.0
-    tokens, logprobs = common.draw(logits, torch.full((6,), uniform))
+    tokens, logprobs = common.draw(logits.softmax(-1), torch.full((6,), uniform))
     assert (tokens >= 0).all() and (tokens < vocabulary).all() and logprobs.isfinite().all()
     assert logits.gather(1, tokens[:, None]).isfinite().all()
     assert tokens[0] == vocabulary - 1 and tokens[1] == 0 and tokens[5] == vocabulary // 3

@@ -356,7 +356,7 @@ def test_functions_of_trl_read_the_state_and_log_numbers_and_columns(script, mon
     assert helpers.scalars(tmp_path / "logs")["reward/metric/twice"] == [1.5, 2.0]
     [first, _] = [text.splitlines() for name, text in tables if name == "completions/samples"]
     assert first[0] == "| prompt | completion | score | gold \\| one |" and first[1] == "| --- | --- | --- | --- |"
-    assert [line.split(" | ")[-1] for line in first[2:4]] == ["x0 |", "x1 |"]
+    assert [line.split(" | ")[-1] for line in first[2:]] == ["x0 |", "x2 |", "x4 |", "x6 |"]  # four of eight
 
 
 def test_a_score_of_0_beside_lists_trains_and_lists_of_0_and_1_are_warned_of(script, tiny_folder, tmp_path, capsys):
