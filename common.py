@@ -2635,6 +2635,8 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
                 for k in sorted({n} | {2**i for i in range(n.bit_length())}):
                     if k <= len(right):
                         means.add(f"eval/pass@{k}", pass_at_k(len(right), int(right.sum()), k))
+    if mine and means.sums["eval/accuracy"][1] == 0:
+        run.warn_once(f"{reward.name} gives None to all evaluation prompts, so no accuracy is known; look at --eval-reward")
     return means.reduce(run)
 
 

@@ -214,18 +214,19 @@ def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(script, tin
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_micro_batches_do_not_change_a_run(script, monkeypatch, tiny_folder, tmp_path):
+def test_what_only_bounds_memory_does_not_change_a_run(script, monkeypatch, tiny_folder, tmp_path):
     """Neither the weights nor a logged number, the gradient's norm among them (which Adam alone would hide)."""
     (tmp_path / "rewards.py").write_text("def length(completion_ids, **_):\n    return [sum(i) / 10 for i in completion_ids]\n")
     weights, logged, log = [], [], common.Run.log
     monkeypatch.setattr(common.Run, "log", lambda run, step, metrics: logged.append(metrics) or log(run, step, metrics))
-    for tokens in (1, 30, 16384):
-        flags = ["--reward", "rewards.py:length", "--kl-coef", "0.1", "--micro-batch-tokens", tokens, "--output-dir", f"run{tokens}"]
+    lean = (["--micro-batch-tokens", 16384], ["--micro-batch-tokens", 30], ["--micro-batch-tokens", 1], ["--gradient-checkpointing"])
+    for i, flags in enumerate(lean):
+        flags = [*flags, "--reward", "rewards.py:length", "--kl-coef", "0.1", "--output-dir", f"run{i}"]
         assert script("--model", tiny_folder, *SHORT, *flags) == 0
-        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"run{tokens}/final").get_output_embeddings().weight)
+        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"run{i}/final").get_output_embeddings().weight)
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=0)
-    for first, *others in zip(logged[:3], logged[3:6], logged[6:]):  # each run: an evaluation and two steps
+    for first, *others in zip(*(logged[i : i + 3] for i in range(0, 12, 3))):  # each run: an evaluation and two steps
         for other in others:
             same = {name: value for name, value in other.items() if not name.startswith("perf/")}
             assert same == pytest.approx({name: first[name] for name in same}, rel=1e-4, abs=1e-6)
@@ -325,6 +326,13 @@ def test_dense_rewards_reach_the_update(script, tiny_folder, tmp_path):
         assert script("--model", tiny_folder, *SHORT, *flags) == 0
         before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny_folder, tmp_path / name / "final"))
         assert all(torch.equal(before[key], after[key]) for key in before) == same
+
+
+def test_an_evaluation_that_judges_nothing_is_said(script, tiny_folder, tmp_path, capsys):
+    (tmp_path / "rewards.py").write_text("def none(prompts, **_):\n    return [None] * len(prompts)\n")
+    for reward, said in (("rewards.py:none", True), ("exact", False)):
+        assert script("--model", tiny_folder, *SHORT, "--reward", "exact", "--eval-reward", reward, "--output-dir", reward[-4:]) == 0
+        assert ("none gives None to all evaluation prompts" in " ".join(capsys.readouterr().out.split())) == said
 
 
 @pytest.mark.parametrize("flags, said", [("", False), ("--advantage rloo", True), ("--no-scale-rewards", True), ("--overlong-buffer 2", True)])
