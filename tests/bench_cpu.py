@@ -15,13 +15,15 @@ step, in processes of their own with the same number of threads, and what else r
 machine the ratio of the CPU seconds is the one to trust. A step lasts from one call of the reward function to the next;
 the first one is left out. Ratios are of the seconds per completion token, since what was sampled differs a little.
 Memory is the largest resident size of the process. The floor is the step's matrix products alone, without any padding or
-repeated prompt, at the rate at which this machine multiplies two float32 matrices of 1024 x 1024.
+repeated prompt, at the rate at which this machine multiplies two float32 matrices of 1024 x 1024. The phases of this
+project's step are compared with floors of their own, in seconds of wall time.
 """
 
 import argparse
 import functools
 import json
 import os
+import re
 import resource
 import socket
 import statistics
@@ -59,11 +61,12 @@ class Workload:
 
 
 WORKLOADS = {
-    "W1": Workload(128, 4, 40, 8, 32, 8, 12, 0.135, 512, 64, 20),  # mean length about 6
+    "W1": Workload(128, 4, 40, 8, 32, 8, 12, 0.135, 1024, 64, 20),  # mean length about 6
     "W2": Workload(256, 6, 4096, 64, 8, 8, 128, 0.0106, 1024, 16, 7),  # 67
     "W3": Workload(256, 4, 151_936, 16, 4, 8, 64, 0.0185, 2048, 8, 5, True),  # 36
 }
 KL_COEF, LEARNING_RATE = 0.05, 1e-6
+PHASES = {}  # of this project's last finished step: name -> seconds
 
 
 # =============================================================================
@@ -118,6 +121,7 @@ def take_turns(lengths: list[int]):
     """Tell the parent that a step is done, and wait until it is this process's turn again."""
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     numbers = {"cpu_seconds": time.process_time(), "megabytes": megabytes, "mean_length": sum(lengths) / len(lengths)}
+    numbers["phases"] = sys.modules["__main__"].PHASES  # the scripts load this file once more, as that of the reward function
     parent().write(json.dumps(numbers) + "\n")
     parent().flush()
     answer = parent().readline()
@@ -145,7 +149,13 @@ def run_ours(algorithm: str, folder: Path, w: Workload, options):
     import grpo
     import ppo
 
-    script = {"grpo": grpo, "ppo": ppo}[algorithm]
+    script, log = {"grpo": grpo, "ppo": ppo}[algorithm], common.Run.log
+
+    def log_and_remember(run, step, metrics):
+        PHASES.update({name[5:-8]: value for name, value in metrics.items() if re.fullmatch("perf/.*_seconds", name)})
+        log(run, step, metrics)
+
+    common.Run.log = log_and_remember
     flags = {
         "model": folder / "model", "dataset": folder / "prompts.jsonl", "reward": f"{__file__}:reward", "reward-timeout": 0,
         "prompts-per-step": w.prompts, "max-new-tokens": w.max_new_tokens, "steps": 10_000, "kl-coef": KL_COEF,
@@ -222,8 +232,8 @@ def run_trl_ppo(folder: Path, w: Workload, options):
 # =============================================================================
 
 
-def multiplications(w: Workload, length: float, algorithm: str, update_epochs: int) -> float:
-    """Floating-point operations of a step's matrix products: rollout and reference one forward pass, an update three.
+def multiplications(w: Workload, length: float, algorithm: str, update_epochs: int) -> dict[str, float]:
+    """Floating-point operations of the matrix products in each phase: rollout and reference one forward pass, an update three.
 
     A prompt is read once in each of them; the last token of a completion is never an input. With a critic (PPO), whose
     values are asked for once before the update, the same again without the vocabulary head.
@@ -234,9 +244,10 @@ def multiplications(w: Workload, length: float, algorithm: str, update_epochs: i
     seen = w.prompts * w.prompt_tokens**2 / 2 + w.sequences * (length - 1) * (w.prompt_tokens + length / 2)
     body = 2 * weights * inputs + 4 * w.layers * w.hidden * seen
     head = 2 * w.sequences * length * w.hidden * w.vocabulary
-    if algorithm == "grpo":
-        return (body + head) * (2 + 3)
-    return (body + head) * (2 + 3 * update_epochs) + body * (1 + 3 * update_epochs)
+    phases = {"rollout": body + head, "reference": body + head, "update": 3 * (body + head)}
+    if algorithm == "ppo":
+        phases |= {"values": body, "update": 3 * (2 * body + head) * update_epochs}
+    return phases
 
 
 def matrix_rate() -> float:
@@ -267,7 +278,8 @@ class System:
     """A child process that takes its turns."""
 
     def __init__(self, name: str, command: list[str], w: Workload, threads: int, log: Path):
-        self.name, self.log, self.latest, self.seconds, self.cpu_seconds, self.lengths = name, log, {}, [], [], []
+        self.name, self.log, self.latest = name, log, {}
+        self.seconds, self.cpu_seconds, self.lengths, self.phases = [], [], [], []  # of each step
         ours, theirs = socket.socketpair()
         env = os.environ | {"BENCH_SOCKET": str(theirs.fileno()), "BENCH_SEQUENCES": str(w.sequences), "HF_HUB_OFFLINE": "1"}
         env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -295,6 +307,7 @@ class System:
             self.seconds.append(time.perf_counter() - started)
             self.cpu_seconds.append(cpu_seconds)
             self.lengths.append(self.latest["mean_length"])
+            self.phases.append(self.latest["phases"])
 
 
 def measure(systems: list[System], steps: int, title: str):
@@ -310,8 +323,8 @@ def measure(systems: list[System], steps: int, title: str):
             system.process.wait()
 
 
-def report(title: str, systems: list[System], floor: float):
-    first = systems[0]
+def report(title: str, systems: list[System], floors: dict[str, float]):
+    first, floor = systems[0], sum(floors.values())
     for system in systems:
         ratio, cpu_ratio = (
             statistics.median(b / a for a, b in zip(first.per_token(kind), system.per_token(kind))) for kind in ("seconds", "cpu_seconds")
@@ -324,6 +337,10 @@ def report(title: str, systems: list[System], floor: float):
             f" {cpu:8.3f} {memory:6.0f} {against} {statistics.mean(system.lengths):7.1f} {cpu / floor:7.1f}x",
             flush=True,
         )
+        if system is first:
+            seconds = {name: statistics.median(phases[name] for phases in system.phases) for name in floors}
+            parts = (f"{name} {seconds[name]:.3f} s, {seconds[name] / floors[name]:.1f}x its floor" for name in floors)
+            print(f"{'':13}{'; '.join(parts)}", flush=True)
 
 
 def has(python, module: str) -> bool:
@@ -358,7 +375,8 @@ def benchmark(options):
                 systems = [System(n, c, w, options.threads, folder / f"{i}.log") for i, (n, c) in enumerate(commands.items())]
                 measure(systems, options.steps or w.steps, name)
                 length = statistics.mean(systems[0].lengths)
-                report(f"{algorithm} {name}{epochs}", systems, multiplications(w, length, algorithm, options.update_epochs) / rate)
+                floors = multiplications(w, length, algorithm, options.update_epochs)
+                report(f"{algorithm} {name}{epochs}", systems, {phase: operations / rate for phase, operations in floors.items()})
 
 
 def profile(options):
