@@ -944,8 +944,10 @@ class HeadLogprobs(torch.autograd.Function):
         chosen, totals, means, kept, tables = states.new_zeros(n, 1, dtype=torch.float32), [], [], [], None
         keep = ctx.needs_input_grad[0] and n * len(weight) <= HeadLogprobs.sizes(states)[1]
         for block in HeadLogprobs.blocks(states, len(weight)):
-            if keep or tables is None:
-                tables = [chosen.new_empty(n * (block.stop - block.start)) for _ in range(2)]
+            if tables is None:
+                tables = [chosen.new_empty(n * block.stop) for _ in range(2)]
+            elif keep:
+                tables[1] = torch.empty_like(tables[0])
             logits, softmax = HeadLogprobs.logits_and_softmax(block, tables, low_states, low_weight, bias, scale)
             column, inside = HeadLogprobs.within(block, targets)
             chosen = torch.where(inside, logits.gather(1, column), chosen)
