@@ -2613,7 +2613,7 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
     k = 1, 2, 4, ..., n, unbiased, from n samples a prompt at the training temperature. Completions to which the
     reward does not apply (None) are left out, and a prompt of which fewer than k remain does not count in pass@k.
     """
-    n, means, mine = run.args.eval_samples, Means(), prompts[run.rank :: run.world]
+    n, means, mine, known = run.args.eval_samples, Means(), prompts[run.rank :: run.world], 0
 
     def judged(some, copies, uniforms):  # for each prompt, which of its completions are right
         rollout = sampler.sample([prompt.ids for prompt in some], copies, uniforms)
@@ -2629,6 +2629,7 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
         some = mine[start : start + size]
         for prompt, right in zip(some, judged(some, 1, None)):
             means.add("eval/accuracy", right)
+            known += len(right)
             if "level" in prompt.columns and len(right):
                 means.add(f"eval/accuracy_{prompt.columns['level']}", right)
         if n:
@@ -2637,7 +2638,7 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
                 for k in sorted({n} | {2**i for i in range(n.bit_length())}):
                     if k <= len(right):
                         means.add(f"eval/pass@{k}", pass_at_k(len(right), int(right.sum()), k))
-    if mine and means.sums["eval/accuracy"][1] == 0:
+    if run.sum(known)[0] == 0:
         run.warn_once(f"{reward.name} gives None to all evaluation prompts, so no accuracy is known; look at --eval-reward")
     return means.reduce(run)
 
