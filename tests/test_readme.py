@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINK = re.compile(r"\[`([^`\]]+)`\]\((\w+\.py)#L(\d+)\)")
+LINK = re.compile(r"\[`([^`\]]+)`\]\((\w+\.py)#L(\w+)\)")
 README = (ROOT / "README.md").read_text()
 
 
@@ -20,7 +20,8 @@ def line_of(name, file):
         return 1
     wanted = [n for n, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {re.escape(name)}\b", line)]
     wanted += [n for n, line in enumerate(lines, 1) if name in line]
-    return wanted[0] if wanted else None
+    assert wanted, f"{file} has no {name}"
+    return wanted[0]
 
 
 @pytest.mark.parametrize("name, file, number", LINK.findall(README))
