@@ -8,9 +8,11 @@ it keeps addresses and shapes, runs no Python, and cannot read a number back fro
 import contextlib
 import copy
 import math
+import shutil
 
 import helpers
 import pytest
+import runs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -353,6 +355,34 @@ def train(tmp_path, **flags):
 def test_learns_on_a_gpu(tmp_path, dtype):
     before, after = train(tmp_path, device="cuda", dtype=dtype)
     assert after > before + 0.05
+
+
+@needs_gpu
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_gpu_trains_to_the_weights_of_a_cpu_and_resumes(script, tmp_path):
+    """In float32, with evaluation by samples and checkpoints: a token sampled otherwise would move weights by some 1e-3."""
+    materials, folders = runs.make_materials(tmp_path), {device: tmp_path / device for device in ("cpu", "cuda")}
+    for device, folder in folders.items():
+        flags = dict(device=device, dtype="float32", eval_samples=2, save_every=2)
+        assert runs.run_here(script, runs.arguments(materials, script, folder, **flags)) == 0
+    assert runs.largest_difference(*folders.values()) < 1e-4
+    shutil.copytree(folders["cuda"], tmp_path / "resumed", ignore=shutil.ignore_patterns("final"))
+    assert runs.run_here(script, ["--resume", str(tmp_path / "resumed")]) == 0
+    assert runs.largest_difference(folders["cuda"], tmp_path / "resumed") < 1e-4
+
+
+@needs_gpu
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_gpu_trains_in_bfloat16_with_checkpointed_layers(script, tmp_path):
+    """Sampler, reference and matrix products in bfloat16: the weights are finite and near those of float32."""
+    materials, folders = runs.make_materials(tmp_path), {dtype: tmp_path / dtype for dtype in ("float32", "bfloat16")}
+    for dtype, folder in folders.items():
+        flags = dict(device="cuda", dtype=dtype, steps=1, update_epochs=1, num_minibatches=1)
+        argv = runs.arguments(materials, script, folder, **flags) + ["--gradient-checkpointing"] * (dtype == "bfloat16")
+        assert runs.run_here(script, argv) == 0
+    first = [runs.scalars(folder)["losses/grad_norm"][1] for folder in folders.values()]
+    assert first[1] == pytest.approx(first[0], rel=0.5)
+    assert runs.largest_difference(*folders.values()) < 3e-4  # Adam's first step moves each weight by 1e-4 either way
 
 
 def test_a_whole_run_on_the_path_of_a_gpu(graphs_on_cpu, tmp_path):
