@@ -236,11 +236,13 @@ def main(args: Args) -> int:
         # ---- Reward: the score on the last token (or token by token), less the KL on every token ----
         mask = rollout.completion_mask  # (B, C)
         rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
-        kl = None if reference is None else kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)
-        dense = None if scores.dense is None else common.dense_table(scores.dense, rollout)[0]
-        token_rewards = on_last_token(rollout.scores, mask) if dense is None else dense
+        if scores.dense is None:
+            token_rewards = on_last_token(rollout.scores, mask)  # (B, C)
+        else:
+            token_rewards, _ = common.dense_table(scores.dense, rollout)  # (B, C)
         token_rewards = token_rewards - on_last_token(args.truncation_penalty * rollout.truncated, mask)
-        if kl is not None:
+        if reference is not None:
+            kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)  # (B, C)
             token_rewards = token_rewards - state["kl_coef"] * kl * mask
 
         # ---- Advantage: better or worse than the critic expected ----
