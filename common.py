@@ -565,6 +565,7 @@ class Rollout:
     lengths: Tensor  # (B,) valid tokens of each completion
     truncated: Tensor  # (B,) True where no end token was sampled
     sampler_logprobs: Tensor  # (B, C) of the sampled tokens, as the sampler saw them
+    sampler_entropy: Tensor  # (B, C) of the distributions they were drawn from; 0 where the sampler is not exact
     scores: Tensor | None = None  # (B,)
     advantages: Tensor | None = None  # (B, 1) in GRPO, (B, C) in PPO
     old_logprobs: Tensor | None = None  # (B, C)
@@ -833,11 +834,14 @@ def with_whole_parameters(function):
 
 
 @with_whole_parameters
-def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=False):
+def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=False, from_sampler=False):
     """Log-probabilities of the completion tokens at `temperature`: (B, C) float32, 0 outside the mask, differentiable.
 
     With `with_entropy` also the entropy of the distributions they were drawn from, (B, C), not differentiable. The
     vocabulary head runs on the valid completion tokens only, some at a time, so that no (B, T, V) tensor exists.
+
+    from_sampler: `model` still is what has sampled `batch`, in float32; then the numbers are those that the sampler saw,
+    and only their gradient is computed. Saves one of the four products with the vocabulary's weight.
     """
     embedding, head, slots = model.get_input_embeddings(), model.get_output_embeddings(), batch.slots()
     (tokens, layout), weight, embedded = flat_row(batch), head.weight, None
@@ -846,7 +850,9 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
     states = flat_forward(model, tokens, layout.positions, layout, embedded).index_select(0, layout.predictors)
     targets = batch.completion_ids.flatten()[slots]
     scale = logit_scale(model) / temperature
-    logprobs, entropy = HeadLogprobs.apply(states, weight, head.bias, targets, scale, with_entropy)
+    known = batch.sampler_logprobs.flatten()[slots] if from_sampler else None
+    logprobs, entropy = HeadLogprobs.apply(states, weight, head.bias, targets, scale, with_entropy, known)
+    entropy = batch.sampler_entropy.flatten()[slots] if from_sampler else entropy
     logprobs = from_slots(logprobs, slots, batch.completion_ids.shape)
     return (logprobs, from_slots(entropy, slots, batch.completion_ids.shape)) if with_entropy else logprobs
 
@@ -906,21 +912,18 @@ class HeadLogprobs(torch.autograd.Function):
 
     A block is all rows by a range of the vocabulary. On a CPU it stays in the cache while its softmax, then its gradient
     are made of its logits; each weight is read once, its gradient written once, in memory that all blocks share. The
-    backward pass makes the softmax of a block again, unless all of them are so small that they were kept.
+    backward pass makes the softmax of a block again. Log-probs that are `known` leave nothing but that to do.
     """
 
-    BLOCK, KEPT = 2**19, 2**23  # numbers in a block (2 MiB) and at most in all blocks that are kept, on a CPU
-
-    @staticmethod
-    def sizes(states):
-        """The two sizes; a GPU's products want to be large: 1/80 of its memory."""
-        memory = torch.cuda.get_device_properties(states.device).total_memory if states.is_cuda else 0
-        return (memory // 320, memory // 320) if memory else (HeadLogprobs.BLOCK, HeadLogprobs.KEPT)
+    BLOCK = 2**20  # numbers in a block on a CPU (4 MiB); a GPU's products want to be large: 1/80 of its memory
 
     @staticmethod
     def blocks(states, vocabulary):
-        size = max(HeadLogprobs.sizes(states)[0] // max(len(states), 1) // 64, 2) * 64  # aligned rows
-        return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
+        """Ranges of the vocabulary, and memory for the logits and the softmax of the largest."""
+        memory = torch.cuda.get_device_properties(states.device).total_memory if states.is_cuda else 0
+        size = max((memory // 320 or HeadLogprobs.BLOCK) // max(len(states), 1) // 64, 2) * 64  # aligned rows
+        blocks = [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
+        return blocks, [states.new_empty(len(states) * blocks[0].stop, dtype=torch.float32) for _ in range(2)]
 
     @staticmethod
     def logits_and_softmax(block, tables, states, weight, bias, scale):
@@ -931,55 +934,65 @@ class HeadLogprobs(torch.autograd.Function):
         return logits, torch.softmax(logits, dim=-1, out=softmax)
 
     @staticmethod
+    def log_sum(logits, softmax):
+        """Log of a block's sum of exp(logits), (n, 1), from its largest entry: p = exp(z) / sum."""
+        return logits.amax(dim=-1, keepdim=True) - softmax.amax(dim=-1, keepdim=True).log()
+
+    @staticmethod
     def within(block, targets):
         """Columns (n, 1) of the targets in a block, and whether they are in it."""
         inside = (targets >= block.start) & (targets < block.stop)
         return (targets - block.start).clamp(0, block.stop - block.start - 1)[:, None], inside[:, None]
 
     @staticmethod
-    def forward(ctx, states, weight, bias, targets, scale, with_entropy):
-        device, n = states.device.type, len(states)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        low_states, low_weight = states.to(dtype), weight.to(dtype)
-        chosen, totals, means, kept, tables = states.new_zeros(n, 1, dtype=torch.float32), [], [], [], None
-        keep = ctx.needs_input_grad[0] and n * len(weight) <= HeadLogprobs.sizes(states)[1]
-        for block in HeadLogprobs.blocks(states, len(weight)):
-            if tables is None:
-                tables = [chosen.new_empty(n * block.stop) for _ in range(2)]
-            elif keep:
-                tables[1] = torch.empty_like(tables[0])
-            logits, softmax = HeadLogprobs.logits_and_softmax(block, tables, low_states, low_weight, bias, scale)
+    def over_all_blocks(states, weight, bias, targets, scale, with_entropy):
+        """Log-probs of the targets (n,), entropies log Z - sum of p z (n,), log Z (n, 1) and its parts, (n, blocks)."""
+        chosen, totals, means = states.new_zeros(len(states), 1, dtype=torch.float32), [], []
+        blocks, tables = HeadLogprobs.blocks(states, len(weight))
+        for block in blocks:
+            logits, softmax = HeadLogprobs.logits_and_softmax(block, tables, states, weight, bias, scale)
             column, inside = HeadLogprobs.within(block, targets)
             chosen = torch.where(inside, logits.gather(1, column), chosen)
-            # log of the block's sum of exp(logits), from its largest entry: p = exp(z) / sum
-            totals.append(logits.amax(dim=-1, keepdim=True) - softmax.amax(dim=-1, keepdim=True).log())
+            totals.append(HeadLogprobs.log_sum(logits, softmax))
             if with_entropy:  # the mean logit; nothing reads the logits after it
                 means.append(logits.mul_(softmax).sum(dim=-1, keepdim=True))
-            kept += [softmax] * keep
         totals = torch.cat(totals, dim=1)  # (n, blocks)
-        log_total = totals.logsumexp(dim=1, keepdim=True)
-        shares = (totals - log_total).exp()  # of the blocks in the distribution
-        ctx.save_for_backward(low_states, weight, bias, targets, shares, *kept)
-        ctx.dtype, ctx.states_dtype, ctx.scale = dtype, states.dtype, scale
-        entropy = (log_total[:, 0] - (shares * torch.cat(means, dim=1)).sum(dim=1)) if with_entropy else log_total[:, 0]
+        log_z = totals.logsumexp(dim=1, keepdim=True)
+        shares = (totals - log_z).exp()  # of the blocks in the distribution
+        entropy = log_z[:, 0] - (shares * torch.cat(means, dim=1)).sum(dim=1) if with_entropy else log_z[:, 0]
+        return (chosen - log_z)[:, 0], entropy, log_z, totals
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, scale, with_entropy, known=None):
+        device = states.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        ctx.states_dtype, ctx.scale = states.dtype, scale
+        states, low_weight = states.to(ctx.dtype), weight.to(ctx.dtype)
+        if known is None:
+            inputs = states, low_weight, bias, targets, scale, with_entropy
+            logprobs, entropy, log_z, totals = HeadLogprobs.over_all_blocks(*inputs)
+        else:  # log Z is the target's logit less its log-prob
+            logits = (states * low_weight[targets]).sum(dim=1, dtype=torch.float32)
+            logits = scale * (logits if bias is None else logits + bias[targets])
+            logprobs, entropy, log_z, totals = known.clone(), torch.zeros_like(known), (logits - known)[:, None], None
+        ctx.save_for_backward(states, weight, bias, targets, log_z, totals)
         ctx.mark_non_differentiable(entropy)
-        return (chosen - log_total)[:, 0], entropy  # H = log Z - sum of p z
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, _):
-        states, weight, bias, targets, shares, *kept = ctx.saved_tensors
-        low_weight, blocks = weight.to(ctx.dtype), HeadLogprobs.blocks(states, len(weight))
+        states, weight, bias, targets, log_z, totals = ctx.saved_tensors
+        low_weight, (blocks, tables) = weight.to(ctx.dtype), HeadLogprobs.blocks(states, len(weight))
         grad_states = torch.zeros(states.shape, device=states.device)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.empty_like(bias) if bias is not None else None
-        g = grad_logprobs[:, None] * ctx.scale  # d logprob / d logits = scale (onehot - softmax)
-        tables = [] if kept else [grad_states.new_empty(len(states) * blocks[0].stop) for _ in range(2)]
+        g, seen = grad_logprobs[:, None] * ctx.scale, 0.0  # d logprob / d logits = scale (onehot - softmax)
         for i, block in enumerate(blocks):
-            if kept:
-                grad = kept[i] * (-g * shares[:, i : i + 1])
-            else:
-                _, softmax = HeadLogprobs.logits_and_softmax(block, tables, states, low_weight, bias, ctx.scale)
-                grad = softmax.mul_(-g * shares[:, i : i + 1])
+            logits, softmax = HeadLogprobs.logits_and_softmax(block, tables, states, low_weight, bias, ctx.scale)
+            total = HeadLogprobs.log_sum(logits, softmax) if totals is None else totals[:, i : i + 1]
+            share = (total - log_z).exp()  # of the block in the distribution
+            seen = seen + share
+            grad = softmax.mul_(-g * share)
             column, inside = HeadLogprobs.within(block, targets)
             grad.scatter_add_(1, column, g * inside)
             if grad_bias is not None:
@@ -988,7 +1001,9 @@ class HeadLogprobs(torch.autograd.Function):
             add_product(grad_states, grad, low_weight[block])
             if grad_weight is not None:
                 add_product(grad_weight[block], grad.t(), states, keep=0)
-        return grad_states.to(ctx.states_dtype), grad_weight, grad_bias, None, None, None
+        if not states.is_cuda and (seen - 1).abs().mean() > 0.01:  # reading a number would wait for a GPU
+            raise UserError("completion_logprobs(from_sampler=True): the model has changed since it sampled")
+        return grad_states.to(ctx.states_dtype), grad_weight, grad_bias, None, None, None, None
 
 
 # =============================================================================
@@ -1149,6 +1164,20 @@ def draw(probs, uniform):
     return (block * size + token)[:, 0], chosen.gather(1, token)[:, 0].log()
 
 
+def draw_with_entropy(logits, uniform):
+    """What `draw` gives for softmax(logits), and its entropies log Z - sum of p z, all (n,).
+
+    On a CPU a few rows at a time, which stay in the cache, and no second (n, V) table stands beside the logits.
+    """
+    size, parts = len(logits) if logits.is_cuda else max(HeadLogprobs.BLOCK // logits.shape[1], 1), []
+    for z, u in zip(logits.split(size), uniform.split(size)):
+        probs = z.softmax(dim=-1)
+        token, logprob = draw(probs, u)
+        log_z = z.gather(1, token[:, None])[:, 0] - logprob
+        parts.append((token, logprob, log_z - probs.mul_(z).sum(dim=-1)))
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
 def invert(weights, share):
     """Which of the weights (n, k) a share (n, 1) in [0, 1) of their sum falls into, and at which share of that one."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
@@ -1226,8 +1255,8 @@ class Sampler:
             self.finished = torch.zeros(B, dtype=torch.bool, device=self.device)
             self.t = torch.zeros(1, dtype=torch.long, device=self.device)
             self.ids = torch.zeros(B, self.C, dtype=torch.long, device=self.device)
-            self.logprobs, self.uniforms = (torch.zeros(B, self.C, device=self.device) for _ in range(2))
-        for tensor in (self.logprobs, self.lengths, self.finished, self.t):
+            self.logprobs, self.entropy, self.uniforms = (torch.zeros(B, self.C, device=self.device) for _ in range(3))
+        for tensor in (self.logprobs, self.entropy, self.lengths, self.finished, self.t):
             tensor.zero_()
         self.ids.fill_(self.pad_id)
         self.sequence[:B] = torch.arange(B, device=self.device)  # that each row holds
@@ -1268,8 +1297,12 @@ class Sampler:
             tokens = logits.argmax(dim=-1)
             logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
         else:
-            probs = torch.softmax(logits, dim=-1, out=logits)
-            tokens, logprobs = draw(probs, self.uniforms.view(-1).index_select(0, cell))
+            uniforms = self.uniforms.view(-1).index_select(0, cell)
+            if self.is_exact:  # the trainer may take over what is seen here
+                tokens, logprobs, entropy = draw_with_entropy(logits, uniforms)
+                self.entropy.view(-1).index_copy_(0, cell, torch.where(finished, 0.0, entropy))
+            else:
+                tokens, logprobs = draw(torch.softmax(logits, dim=-1, out=logits), uniforms)
         self.ids.view(-1).index_copy_(0, cell, torch.where(finished, self.pad_id, tokens))
         self.logprobs.view(-1).index_copy_(0, cell, torch.where(finished, 0.0, logprobs))
         self.lengths.index_add_(0, sequence, (~finished).long())
@@ -1298,8 +1331,8 @@ class Sampler:
 
     def state(self):
         """What a step changes, besides the cache cells of its own column, which it writes again."""
-        cache = self.cache
-        return [self.tokens, self.finished, self.t, self.lengths, self.ids, self.logprobs, cache.positions, cache.column]
+        ours = [self.tokens, self.finished, self.t, self.lengths, self.ids, self.logprobs, self.entropy]
+        return [*ours, self.cache.positions, self.cache.column]
 
     def drop_finished(self):
         """Let finished rows leave: the last live rows move into the places of finished ones."""
@@ -1339,6 +1372,7 @@ class Sampler:
             lengths=lengths,
             truncated=~(last == self.end_ids).any(dim=-1),
             sampler_logprobs=self.logprobs[:B, :C].clone(),
+            sampler_entropy=self.entropy[:B, :C].clone(),
         )
         if not self.is_cuda:
             self.cache = self.packed_head = None  # the memory is wanted by the update
@@ -1366,6 +1400,7 @@ def rollout_of(
         lengths=lengths,
         truncated=torch.zeros(len(prompts), dtype=torch.bool, device=device),
         sampler_logprobs=torch.zeros(mask.shape, device=device),
+        sampler_entropy=torch.zeros(mask.shape, device=device),
     )
 
 

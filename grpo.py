@@ -13,7 +13,8 @@ CISPO arXiv:2506.13585; KL estimators: Schulman, "Approximating KL divergence" (
 
 Where this differs from the papers:
  1. Standard deviations are sample ones (divided by G - 1), as in TRL and verl, and have 1e-4 added.
- 2. With one update a rollout the old policy is the current one: no pass is made for its log-probs.
+ 2. With one update a rollout the old policy is the current one: no pass is made for its log-probs, and a sampler in
+    float32 has the current ones, too, so that only their gradient is computed.
  3. --kl-coef is 0.001 (DeepSeekMath: 0.04), also with the losses whose papers drop the KL (Dr. GRPO, DAPO): 0 does.
  4. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
  5. The learning rate decays linearly to 0.
@@ -306,7 +307,8 @@ def main(args: Args) -> int:
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
         run.phase("update")
-        if args.update_epochs * args.num_minibatches > 1:  # else the policy is still the one that sampled
+        on_policy = args.update_epochs * args.num_minibatches == 1  # the policy still is the one that sampled
+        if not on_policy:
             rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
         lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
         common.set_learning_rate(optimizer, lr_share)
@@ -318,8 +320,10 @@ def main(args: Args) -> int:
 
                 def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch
                     mask = batch.completion_mask  # (b, C)
-                    logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
-                    old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs  # (b, C)
+                    logprobs, entropy = common.completion_logprobs(  # is_exact: it samples in float32
+                        policy, batch, args.temperature, with_entropy=True, from_sampler=on_policy and sampler.is_exact
+                    )
+                    old_logprobs = logprobs.detach() if on_policy else batch.old_logprobs  # (b, C)
                     ratio = policy_ratio(logprobs, old_logprobs, mask, per_sequence=args.loss == "gspo")  # (b, C) or (b, 1)
                     if args.loss == "cispo":
                         loss = cispo_loss(ratio, batch.advantages, logprobs, args.clip_high)
@@ -327,7 +331,7 @@ def main(args: Args) -> int:
                     else:
                         loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
                         clipped = is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high)
-                    if args.tis_cap and not sampler.is_exact:  # is_exact: it samples in float32
+                    if args.tis_cap and not sampler.is_exact:
                         loss = loss * importance_weights(old_logprobs, batch.sampler_logprobs, args.tis_cap)
                     means.add("losses/policy_loss", loss, mask)
                     means.add("losses/entropy", entropy, mask)

@@ -120,6 +120,7 @@ def assert_same_rollouts(got, want, tolerance=1e-4):
     assert torch.equal(got.completion_ids, want.completion_ids)
     assert torch.equal(got.truncated, want.truncated)
     torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, atol=tolerance, rtol=0)
+    torch.testing.assert_close(got.sampler_entropy, want.sampler_entropy, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mixtral", "mistral_window"])
@@ -313,7 +314,8 @@ def test_gpu_logprobs_and_gradients_are_those_of_the_cpu_in_float64(family, dtyp
 
 
 @needs_gpu
-def test_the_micro_batch_loop_never_waits_for_the_gpu():
+@pytest.mark.parametrize("from_sampler", [False, True])
+def test_the_micro_batch_loop_never_waits_for_the_gpu(from_sampler):
     model = helpers.make_model("llama").to("cuda")
     run, means = helpers.make_run(device="cuda", micro_batch_tokens=12), common.Means()
     rollout, prompts, completions = helpers.ragged_rollout()
@@ -321,7 +323,7 @@ def test_the_micro_batch_loop_never_waits_for_the_gpu():
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def loss_of(batch):
-        logprobs, entropy = common.completion_logprobs(model, batch, 1.0, with_entropy=True)
+        logprobs, entropy = common.completion_logprobs(model, batch, 1.0, with_entropy=True, from_sampler=from_sampler)
         means.add("losses/entropy", entropy, batch.completion_mask)
         return logprobs.sum() / 10
 

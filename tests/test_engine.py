@@ -28,7 +28,7 @@ def size(request, monkeypatch):
         monkeypatch.setattr(common, "is_short", lambda query, key: False)
         monkeypatch.setattr(common.PackedLayout, "SPLIT_FROM", 0)
         monkeypatch.setattr(common.PackedLayout, "QUERIES", 3)
-        monkeypatch.setattr(common.HeadLogprobs, "KEPT", 0)
+        monkeypatch.setattr(common.HeadLogprobs, "BLOCK", 1)  # a block still holds 128 columns
         monkeypatch.setattr(common, "PACK_FROM", 0)
 
 
@@ -156,16 +156,16 @@ def plain_logprobs(states, weight, bias, targets, scale):
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 0.37])
 @pytest.mark.parametrize("vocabulary, blocks", [(13, 1), (256, 2), (300, 3)])
-@pytest.mark.parametrize("kept", [0, 2**23])
-def test_head_gradients_are_those_of_plain_autograd(monkeypatch, with_entropy, has_bias, scale, vocabulary, blocks, kept):
+@pytest.mark.parametrize("is_known", [True, False])
+def test_head_gradients_are_those_of_plain_autograd(monkeypatch, with_entropy, has_bias, scale, vocabulary, blocks, is_known):
     monkeypatch.setattr(common.HeadLogprobs, "BLOCK", 1)  # a block still holds 128 columns
-    monkeypatch.setattr(common.HeadLogprobs, "KEPT", kept)
     states, weight, bias = torch.randn(10, 5), torch.randn(vocabulary, 5), torch.randn(vocabulary) if has_bias else None
     targets, incoming = torch.randint(0, vocabulary, (10,)), torch.randn(10)
     targets[0], targets[1] = 0, vocabulary - 1
-    assert len(common.HeadLogprobs.blocks(states, vocabulary)) == blocks
+    assert len(common.HeadLogprobs.blocks(states, vocabulary)[0]) == blocks
     leaves = [x.clone().requires_grad_() for x in (states, weight, bias) if x is not None]
-    got, entropy = common.HeadLogprobs.apply(*leaves, *[None] * (not has_bias), targets, scale, with_entropy)
+    known = plain_logprobs(states, weight, bias, targets, scale) if is_known else None
+    got, entropy = common.HeadLogprobs.apply(*leaves, *[None] * (not has_bias), targets, scale, with_entropy, known)
     got.backward(incoming)
 
     doubles = [x.double().requires_grad_() for x in (states, weight, bias) if x is not None]
@@ -175,7 +175,7 @@ def test_head_gradients_are_those_of_plain_autograd(monkeypatch, with_entropy, h
     for leaf, double in zip(leaves, doubles):
         torch.testing.assert_close(leaf.grad.double(), double.grad, atol=1e-5, rtol=1e-5)
     assert not entropy.requires_grad and got.dtype == torch.float32
-    if with_entropy:
+    if with_entropy and not is_known:
         logits = scale * (states @ weight.t() + (0 if bias is None else bias)).double()
         torch.testing.assert_close(entropy.double(), torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5, rtol=1e-5)
 
@@ -346,6 +346,33 @@ def test_what_is_sampled_from_is_what_is_scored(family, temperature, size):
     torch.testing.assert_close(rollout.sampler_logprobs, scored, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ALL)
+def test_the_gradient_of_the_samplers_logprobs_is_that_of_the_trainers(family, size):
+    """Log-probs and entropies that the sampler has seen are taken over; their gradient is the one that is computed anew."""
+    model = helpers.make_model(family)
+    rollout = sample(model, temperature=0.6)
+    rollout.leave_out(torch.arange(len(rollout)) == 2)  # which the sampler did not know
+    weights, seen = torch.randn(rollout.completion_ids.shape), []
+    for from_sampler in (False, True):
+        model.zero_grad()
+        logprobs, entropy = common.completion_logprobs(model, rollout, 0.6, with_entropy=True, from_sampler=from_sampler)
+        (logprobs * weights).sum().backward()
+        seen.append({"logprobs": logprobs.detach(), "entropy": entropy} | helpers.gradients(model))
+    assert torch.equal(seen[1]["logprobs"], rollout.sampler_logprobs * rollout.completion_mask)
+    assert torch.equal(seen[1]["entropy"], rollout.sampler_entropy * rollout.completion_mask)
+    assert (rollout.sampler_entropy[rollout.completion_mask] > 0).all()
+    for name, want in seen[0].items():
+        torch.testing.assert_close(seen[1][name], want, atol=1e-4, rtol=1e-4)
+
+
+def test_the_samplers_logprobs_of_another_model_are_refused(llama):
+    rollout, changed = sample(llama), copy.deepcopy(llama)
+    with torch.no_grad():
+        changed.get_output_embeddings().weight.mul_(1.5)
+    with pytest.raises(common.UserError, match="has changed since it sampled"):
+        common.completion_logprobs(changed, rollout, 1.0, from_sampler=True).sum().backward()
+
+
 def test_mask_keeps_the_first_end_token_and_nothing_after(llama):
     rollout = sample(llama, group_size=8)
     C = rollout.completion_ids.shape[1]
@@ -498,7 +525,8 @@ def test_buckets_of_columns_and_rows_change_nothing(family, monkeypatch):
             assert torch.equal(got.completion_ids, want.completion_ids) and torch.equal(got.lengths, want.lengths)
             assert torch.equal(got.truncated, want.truncated)
             torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, atol=1e-5, rtol=0)
-            for left_behind in (bucketed.ids, bucketed.logprobs, bucketed.lengths, bucketed.finished, bucketed.tokens, bucketed.t):  # anything at all
+            torch.testing.assert_close(got.sampler_entropy, want.sampler_entropy, atol=1e-5, rtol=0)
+            for left_behind in (bucketed.ids, bucketed.logprobs, bucketed.entropy, bucketed.lengths, bucketed.finished, bucketed.tokens, bucketed.t):  # anything at all
                 left_behind.fill_(1)
             for left_behind in (*first_cache.keys.values(), *first_cache.values.values(), first_cache.mask):
                 left_behind.fill_(3.0)

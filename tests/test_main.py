@@ -192,6 +192,27 @@ def test_models_and_passes_that_are_not_needed_do_not_exist(script, monkeypatch,
     assert (len(frozen), len(logprobs)) == (copies, passes)
 
 
+def test_on_policy_training_takes_over_the_samplers_logprobs_and_learns_the_same(script, monkeypatch, tiny_folder, tmp_path):
+    """One update a rollout: the trainer makes no logits before the backward pass. Two updates: it does."""
+    (tmp_path / "rewards.py").write_text("def length(completion_ids, **_):\n    return [sum(i) / 10 for i in completion_ids]\n")
+    flags = ["--reward", "rewards.py:length", "--learning-rate", "0.001", "--kl-coef", "0"]
+    forward_passes, over_all_blocks = [], common.HeadLogprobs.over_all_blocks
+    monkeypatch.setattr(common.HeadLogprobs, "over_all_blocks", lambda *inputs: forward_passes.append(1) or over_all_blocks(*inputs))
+
+    def train(name, *more):
+        forward_passes.clear()
+        assert script("--model", tiny_folder, *SHORT, *flags, *more, "--output-dir", name) == 0
+        return len(forward_passes), AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").state_dict()
+
+    taken_over, weights = train("taken-over")
+    off_policy, _ = train("off-policy", "--num-minibatches", "2")
+    completion_logprobs = common.completion_logprobs
+    monkeypatch.setattr(common, "completion_logprobs", lambda *args, from_sampler=False, **more: completion_logprobs(*args, **more))
+    made_anew, same = train("made-anew")
+    assert (made_anew - taken_over, off_policy - taken_over) == (2, 4)  # the optimiser steps; the rest is `check_model`'s
+    assert max(float((weights[name] - same[name]).abs().max()) for name in weights) < 1e-5  # the steps are of 1e-4
+
+
 @pytest.mark.parametrize("loss", list(grpo.LOSS_DEFAULTS))
 def test_every_loss_runs_and_changes_the_policy(script, tiny_folder, tmp_path, capsys, loss):
     """A reward that some get: rewards the length, so that no group is without spread."""
