@@ -67,6 +67,9 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+# Large tensors on a CPU get huge pages, where Linux grants them: up to a tenth less time in sampling. Read at the first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 # =============================================================================
 # Run set-up: arguments, device, processes, signals
