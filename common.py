@@ -665,9 +665,9 @@ def dot_product_attention(query, key, value, scaling, mask=None):
 
 
 def flat_forward(model, tokens, positions, layout, embedded=None):
-    """The transformer without its head on one flat row: tokens (n,), or their embeddings (n, hidden), and positions (n,)
+    """The transformer without its head on one flat row: tokens (n,), or their embeddings (1, n, hidden), and positions (n,)
     -> hidden states (n, hidden)."""
-    inputs = {"input_ids": tokens[None]} if embedded is None else {"inputs_embeds": embedded[None]}
+    inputs = {"input_ids": tokens[None]} if embedded is None else {"inputs_embeds": embedded}
     return model.base_model(**inputs, position_ids=positions[None], use_cache=False, layout=layout).last_hidden_state[0]
 
 
@@ -849,7 +849,7 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
     embedding, head, slots = model.get_input_embeddings(), model.get_output_embeddings(), batch.slots()
     (tokens, layout), weight, embedded = flat_row(batch), head.weight, None
     if weight is embedding.weight and type(embedding) is nn.Embedding and not embedding._forward_hooks:
-        weight, embedded = TiedWeight.apply(weight, tokens)
+        weight, embedded = TiedWeight.apply(weight, tokens[None])
     states = flat_forward(model, tokens, layout.positions, layout, embedded).index_select(0, layout.predictors)
     targets = batch.completion_ids.flatten()[slots]
     scale = logit_scale(model) / temperature
@@ -881,8 +881,8 @@ def add_product(out, a, b, keep=1):
     """out = keep * out + a @ b in float32: rounding logits to bfloat16 would put some 0.03 of noise on every log-probability."""
     with torch.autocast(a.device.type, enabled=False):
         if a.is_cuda and a.dtype != torch.float32:
-            product = torch.mm(a, b, out_dtype=torch.float32)
-            return out.add_(product) if keep else out.copy_(product)
+            product = torch.mm(a, b, out_dtype=torch.float32, out=None if keep else out)
+            return out.add_(product) if keep else product
         return out.addmm_(a.float(), b.float(), beta=keep)
 
 
@@ -895,7 +895,7 @@ def head_logits(states, weight, bias, scale, out):
 
 
 class TiedWeight(torch.autograd.Function):
-    """The weight (V, hidden) that head and embedding share, for the head, and the rows looked up in it, (n, hidden).
+    """The weight (V, hidden) that head and embedding share, for the head, and the rows of tokens (1, n) in it, (1, n, hidden).
 
     The gradient of a lookup is a second (V, hidden) table, nearly all zeros. Here its rows are added to the head's.
     """
@@ -907,7 +907,8 @@ class TiedWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_weight, grad_rows):
-        return grad_weight.index_add_(0, *ctx.saved_tensors, grad_rows.to(grad_weight.dtype)), None
+        (tokens,) = ctx.saved_tensors
+        return grad_weight.index_add_(0, tokens[0], grad_rows[0].to(grad_weight.dtype)), None
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -1074,8 +1075,9 @@ class PlainForward:
     """`flat_forward` of Llama, Qwen2 and Qwen3 without gradients, in a third of the operations, which bound a decoding step.
 
     Queries, keys and values come out of one matrix product, gate and up of the MLP out of another; norms and rotary
-    positions are fused. The weights are the model's own. What is no such model, or was changed (an adapter, a hook, a
-    subclass, --compile), samples through `flat_forward`; `check_model` compares either with transformers.
+    positions are fused, and with --compile all that stands between the products. The weights are the model's own. What
+    is no such model, or was changed (an adapter, a hook, a subclass), samples through `flat_forward`; `check_model`
+    compares either with transformers.
     """
 
     MODULES = ("torch.nn.", "transformers.activations", *(f"transformers.models.{x}." for x in ("llama", "qwen2", "qwen3")))
@@ -1085,14 +1087,15 @@ class PlainForward:
         for layer in self.backbone.layers:
             attention, mlp = layer.self_attn, layer.mlp
             qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-            self.joint.append([side_by_side(linears, name) for linears in (qkv, gate_up) for name in ("weight", "bias")])
+            self.joint.append([[side_by_side(linears, name) for name in ("weight", "bias")] for linears in (qkv, gate_up)])
+        if self.backbone.layers[0]._compiled_call_impl is not None:  # --compile
+            self.before_attention, self.after_attention = fused(self.before_attention), fused(self.after_attention)
 
     @classmethod
     def fits(cls, model) -> bool:
         embedding = model.get_input_embeddings()
         return all(
             type(module).__module__.startswith(cls.MODULES)
-            and module._compiled_call_impl is None
             and (module is embedding or not (module._forward_hooks or module._forward_pre_hooks))
             for module in model.base_model.modules()
         )
@@ -1103,24 +1106,33 @@ class PlainForward:
         cos, sin = (table[0, :, None] for table in self.backbone.rotary_emb(x[None], positions[None]))  # (n, 1, D)
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        for layer, (qkv_weight, qkv_bias, gate_up_weight, gate_up_bias) in zip(self.backbone.layers, self.joint):
-            attention, mlp, dim = layer.self_attn, layer.mlp, layer.self_attn.head_dim
-            qkv = F.linear(rms_norm(x, layer.input_layernorm), qkv_weight, qkv_bias).view(len(x), -1, dim)
-            heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
-            query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
-            if hasattr(attention, "q_norm"):
-                qk = torch.cat([rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)], dim=1)
-            else:
-                qk = qkv[:, : heads + kv_heads]
-            qk = torch.addcmul(qk * cos, qk.roll(half, dims=-1), sin).to(value.dtype)
-            query, key = qk.split([heads, kv_heads], dim=1)
-            window = getattr(attention, "sliding_window", None)
-            out = layout.attend(attention.layer_idx, query, key, value, attention.scaling, window)
-            x = x + attention.o_proj(out.flatten(1))
-            gate_up = F.linear(rms_norm(x, layer.post_attention_layernorm), gate_up_weight, gate_up_bias)
-            gate, up = gate_up.chunk(2, dim=-1)
-            x = x + mlp.down_proj(mlp.act_fn(gate) * up)
+        for layer, (qkv, gate_up) in zip(self.backbone.layers, self.joint):
+            query, key, value = self.before_attention(layer, x, *qkv, cos, sin)
+            window = getattr(layer.self_attn, "sliding_window", None)
+            out = layout.attend(layer.self_attn.layer_idx, query, key, value, layer.self_attn.scaling, window)
+            x = self.after_attention(layer, x, out, *gate_up)
         return rms_norm(x, self.backbone.norm)
+
+    @staticmethod
+    def before_attention(layer, x, weight, bias, cos, sin):
+        """x (n, hidden) -> query (n, H, D), key and value (n, H_kv, D), with the rotary positions in them."""
+        attention, dim = layer.self_attn, layer.self_attn.head_dim
+        qkv = F.linear(rms_norm(x, layer.input_layernorm), weight, bias).view(len(x), -1, dim)
+        heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
+        query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        if hasattr(attention, "q_norm"):
+            qk = torch.cat([rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)], dim=1)
+        else:
+            qk = qkv[:, : heads + kv_heads]
+        qk = torch.addcmul(qk * cos, qk.roll(dim // 2, dims=-1), sin).to(value.dtype)
+        return *qk.split([heads, kv_heads], dim=1), value
+
+    @staticmethod
+    def after_attention(layer, x, out, weight, bias):
+        """What x (n, hidden) becomes by attention's output (n, H, D) and then by the MLP: (n, hidden)."""
+        x = x + layer.self_attn.o_proj(out.flatten(1))
+        gate, up = F.linear(rms_norm(x, layer.post_attention_layernorm), weight, bias).chunk(2, dim=-1)
+        return x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
 
 
 def rms_norm(x, norm):
@@ -1561,8 +1573,21 @@ def frozen_copy(model, compute_dtype=torch.float32):
     return frozen
 
 
+@functools.cache
+def fused(function):
+    return torch.compile(function)
+
+
 def compile_layers(*models):
-    """Let torch.compile fuse what stands between the matrix products of each layer; attention stays what it is."""
+    """Let torch.compile fuse what stands between the matrix products of each layer; attention stays what it is.
+
+    Layers are compiled once for all that differ in nothing but their weights: with gradients and without, frozen or not.
+    Refuses where no program can be built, since torch.compile needs a C or C++ compiler.
+    """
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=next(models[0].parameters()).device))
+    except Exception as error:  # of whichever of its parts is missing
+        raise UserError(f"--compile: torch.compile does not work here: {first_line(error)}") from error
     AttentionInterface.register("flat_row", torch.compiler.disable(flat_row_attention))
     for module in nn.ModuleList(model for model in models if model is not None).modules():
         if isinstance(module, GradientCheckpointingLayer):

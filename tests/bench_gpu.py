@@ -8,8 +8,8 @@ Parts, in order: `machine` measures the rate of a large bfloat16 matrix product 
 read and written). `checks` compares a small model on the GPU with float64 on the CPU. `tests` runs tests/test_cuda.py.
 `decode` counts tokens a second for the shapes of Qwen2.5 with random weights, against the floor of memory traffic
 (weights and used cache read once a step at the copy's bandwidth). `generate` is transformers' own. `grpo-…`, `ppo-…` are
-whole steps of the scripts: prompts of 256 tokens, 32 x 8 completions of 512 (or fewer, with end tokens). `trl` is
-TRL's step on the same.
+whole steps of the scripts: prompts of 256 tokens, 32 x 8 completions of 512 (or fewer, with end tokens). `…-compiled` is
+the same with --compile. `trl` is TRL's step on the same.
 
 Each part runs in a process of its own with a time limit: what fails or hangs is named in the table, and the rest goes on.
 MFU counts what the update must compute: 6 operations for each weight of a matrix and token, the vocabulary's only for
@@ -18,6 +18,7 @@ completion tokens, a shared prompt once, and attention to the tokens before; not
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -336,25 +337,26 @@ def tests(results, sizes, options):
 # =============================================================================
 
 
-def decode(results, sizes, options):
+def decode(results, sizes, options, compiled=False):
     for name, shape in sizes.shapes.items():
         model = None
+        torch.compiler.reset()  # else what is compiled for the second shape has to fit both
         for context in sizes.contexts:
-            for rows in sizes.rows:
-                what = f"decode {name}, {rows} rows, context {context}"
+            for rows in sizes.rows[len(sizes.rows) // 2 :][:1] if compiled else sizes.rows:
+                what = f"decode {name}{', compiled' * compiled}, {rows} rows, context {context}"
                 with guarded(results, what):
                     model = model or build_model(shape, sizes.device)
-                    decode_once(results, sizes, model, shape, rows, context, what, options)
+                    decode_once(results, sizes, model, shape, rows, context, what, compiled)
 
 
-def decode_once(results, sizes, model, shape, rows, context, what, options):
+def decode_once(results, sizes, model, shape, rows, context, what, compiled):
     """Seconds of the decoding steps alone, prefill excluded, at `context` tokens on average, all rows alive."""
     import common
 
     steps = min(sizes.decode_steps, context // 2)
     dtype = torch.bfloat16 if sizes.device == "cuda" else torch.float32
     sampler = common.Sampler(model, {-1}, 1.0, steps + 1, dtype)
-    if "--compile" in options.flags:
+    if compiled:
         common.compile_layers(sampler.model)
     P = context - steps // 2
     prompts = torch.randint(1, shape.vocabulary, (max(rows // GROUP, 1), P)).tolist()
@@ -437,7 +439,7 @@ def flags_of(algorithm, folder: Path, sizes: Sizes, steps: int, options):
     return [str(x) for name, value in flags.items() for x in (f"--{name}", value)] + options.flags.split()
 
 
-def whole_steps(algorithm, results, sizes, options, name, shape, ends):
+def whole_steps(algorithm, results, sizes, options, name, shape, ends, flags):
     import common
     import grpo
     import ppo
@@ -451,7 +453,7 @@ def whole_steps(algorithm, results, sizes, options, name, shape, ends):
             common.Run.log = lambda run, step, numbers: metrics.append({k: float(v) for k, v in numbers.items()})
             common.save_final = lambda *_: None  # gigabytes that nobody reads
             common.load_tokenizer = lambda *_: tokenizer_of(folder)
-            script.main(common.parse_args(script.Args, flags_of(algorithm, Path(folder), sizes, count, options)))
+            script.main(common.parse_args(script.Args, flags_of(algorithm, Path(folder), sizes, count, options) + flags))
         finally:
             common.Run.log, common.save_final, common.load_tokenizer = log, save, load
     steps = [m for m in metrics if "perf/update_seconds" in m][1:]
@@ -463,14 +465,14 @@ def whole_steps(algorithm, results, sizes, options, name, shape, ends):
     memory = max(m["perf/peak_memory_gb"] for m in steps)
     parts = ", ".join(f"{p} {s:.2f}" for p, s in seconds.items() if s)
     results.add(
-        f"{algorithm} {name} step, mean length {length:.0f}", f"{total:.2f} s", f"{tokens:,.0f} tokens/s", f"update MFU {mfu:.0%}",
+        f"{algorithm} {name} step{', compiled' * bool(flags)}, mean length {length:.0f}", f"{total:.2f} s", f"{tokens:,.0f} tokens/s", f"update MFU {mfu:.0%}",
         f"{parts}; {memory:.1f} GB", seconds=total, mfu=mfu, memory=memory, phases=seconds,
     )  # fmt: skip
 
 
-def training(algorithm, name, ends="never"):
+def training(algorithm, name, ends="never", flags=()):
     def part(results, sizes, options):
-        whole_steps(algorithm, results, sizes, options, name, sizes.shapes[name], ends)
+        whole_steps(algorithm, results, sizes, options, name, sizes.shapes[name], ends, [*flags])
 
     return part
 
@@ -517,7 +519,9 @@ def trl(results, sizes, options):
 PARTS = {
     "machine": (machine, 60), "checks": (checks, 90), "tests": (tests, 120), "decode": (decode, 120),
     "grpo-0.5B": (training("grpo", "0.5B"), 100), "grpo-1.5B": (training("grpo", "1.5B"), 120), "generate": (generate, 90),
-    "trl": (trl, 150), "ppo-0.5B": (training("ppo", "0.5B"), 100), "ppo-1.5B": (training("ppo", "1.5B"), 150),
+    "trl": (trl, 150), "decode-compiled": (functools.partial(decode, compiled=True), 90),
+    "grpo-1.5B-compiled": (training("grpo", "1.5B", flags=["--compile"]), 120),
+    "ppo-0.5B": (training("ppo", "0.5B"), 100), "ppo-1.5B": (training("ppo", "1.5B"), 150),
     "grpo-0.5B-geometric": (training("grpo", "0.5B", "geometric"), 90),
 }  # fmt: skip
 

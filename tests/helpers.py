@@ -1,6 +1,9 @@
 """What several test files share: small models of many families and brute-force log-probs in float64."""
 
+import contextlib
 import copy
+import functools
+from unittest import mock
 
 import torch
 import transformers
@@ -114,3 +117,17 @@ def scalars(folder):
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+@contextlib.contextmanager
+def compiling_with(backend):
+    """torch.compile anew and with this backend; what would silently go on without being compiled is an error.
+
+    aot_eager traces and differentiates as inductor does, but needs no compiler and no time to build programs.
+    """
+    torch.compiler.reset()
+    common.fused.cache_clear()
+    compile_with = functools.partial(torch.compile, backend=backend)
+    with mock.patch.object(torch, "compile", compile_with), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    common.fused.cache_clear()

@@ -480,9 +480,36 @@ def test_a_changed_model_samples_through_transformers(llama):
     assert fits(lambda backbone: None)
     assert not fits(lambda backbone: setattr(backbone.layers[0].self_attn, "q_proj", Adapter(16, 16)))
     assert not fits(lambda backbone: backbone.layers[1].register_forward_hook(lambda *_: None))
-    assert not fits(lambda backbone: backbone.layers[0].compile())
     assert not fits(lambda backbone: backbone.norm.register_forward_pre_hook(lambda *_: None))
     assert not common.PlainForward.fits(helpers.make_model("gemma")) and not common.PlainForward.fits(helpers.make_model("mixtral"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma"])  # PlainForward, and not
+def test_compiled_layers_sample_and_train_like_others(family):
+    """Over changing numbers of rows and tokens; all layers and all numbers share what is compiled."""
+
+    def results(model):
+        sampler = common.Sampler(model, ENDS, 1.0, 12)
+        for group in (2, 5, 3):
+            model.zero_grad()
+            uniforms = torch.rand(4 * group, 12, generator=torch.Generator().manual_seed(group))
+            rollout = sampler.sample(PROMPTS, group, uniforms)
+            logprobs = common.completion_logprobs(model, rollout, 1.0)
+            (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+            yield sampler.forward, rollout, logprobs.detach(), helpers.gradients(model)
+
+    model = helpers.make_model(family)
+    plain = list(results(model))
+    with helpers.compiling_with("aot_eager"):
+        common.compile_layers(model)
+        compiled = list(results(model))
+    for (_, want, want_logprobs, want_gradients), (forward, got, logprobs, gradients) in zip(plain, compiled, strict=True):
+        if isinstance(forward, common.PlainForward):
+            assert forward.before_attention is not common.PlainForward.before_attention
+        assert torch.equal(got.completion_ids, want.completion_ids)
+        torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logprobs, want_logprobs, atol=1e-5, rtol=0)
+        helpers.assert_same_gradients(gradients, want_gradients)
 
 
 def test_tokens_are_drawn_by_inverting_the_cumulative_distribution(llama):

@@ -5,12 +5,14 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import helpers
 import pytest
+import runs
 import safetensors.torch
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -252,6 +254,33 @@ def test_what_only_bounds_memory_does_not_change_a_run(script, monkeypatch, tiny
             same = {name: value for name, value in other.items() if not name.startswith("perf/")}
             assert same == pytest.approx({name: first[name] for name in same}, rel=1e-4, abs=1e-6)
     assert float(logged[1]["losses/grad_norm"]) > 1e-3
+
+
+@pytest.mark.parametrize("algorithm, backend", [("grpo", "inductor"), ("ppo", "aot_eager")])
+def test_compiled_runs_log_what_others_do(algorithm, backend, tmp_path, monkeypatch):
+    """Reference, policy and critic, with and without gradients, in float32 on a CPU."""
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(common, "matrix_rate", lambda *_: 1e9)
+    materials, logged = runs.make_materials(tmp_path), []
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        argv = runs.arguments(materials, algorithm, tmp_path / name, micro_batch_tokens=2048, kl_coef=0.1, log_samples=0)
+        with helpers.compiling_with(backend):
+            assert runs.run_here(algorithm, [*argv, *flags]) == 0
+        logged.append(runs.scalars(tmp_path / name))
+    plain, compiled = logged
+    assert plain.keys() == compiled.keys() and plain["losses/grad_norm"][3] > 1e-3
+    for name in plain:
+        assert compiled[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5), name
+
+
+def test_compiling_where_nothing_can_be_compiled_is_one_line_and_status_2(script, tiny_folder, monkeypatch, capfd):
+    def no_compiler(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", lambda function: no_compiler)
+    assert script("--model", tiny_folder, *SHORT, "--compile", "--output-dir", "run") == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("grpo.py: error: --compile: torch.compile does not work here: Inv")
 
 
 def test_ref_refresh_makes_the_reference_the_current_policy(script, monkeypatch, tiny_folder, tmp_path):
