@@ -1575,13 +1575,14 @@ def frozen_copy(model, compute_dtype=torch.float32):
 
 @functools.cache
 def fused(function):
+    """The function compiled, the same one at every call: samplers come and go, programs stay."""
     return torch.compile(function)
 
 
 def compile_layers(*models):
     """Let torch.compile fuse what stands between the matrix products of each layer; attention stays what it is.
 
-    Layers are compiled once for all that differ in nothing but their weights: with gradients and without, frozen or not.
+    All layers share what is compiled; with gradients or without, frozen or not, each is compiled for itself.
     Refuses where no program can be built, since torch.compile needs a C or C++ compiler.
     """
     try:
