@@ -1083,12 +1083,13 @@ class PlainForward:
     MODULES = ("torch.nn.", "transformers.activations", *(f"transformers.models.{x}." for x in ("llama", "qwen2", "qwen3")))
 
     def __init__(self, model):
-        self.backbone, self.joint = model.base_model, []
+        self.backbone, self.layers = model.base_model, []
         for layer in self.backbone.layers:
             attention, mlp = layer.self_attn, layer.mlp
             qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-            self.joint.append([[side_by_side(linears, name) for name in ("weight", "bias")] for linears in (qkv, gate_up)])
-        if self.backbone.layers[0]._compiled_call_impl is not None:  # --compile
+            joint = [[side_by_side(linears, name) for name in ("weight", "bias")] for linears in (qkv, gate_up)]
+            self.layers.append((layer, *joint))
+        if is_compiled(model):
             self.before_attention, self.after_attention = fused(self.before_attention), fused(self.after_attention)
 
     @classmethod
@@ -1106,16 +1107,18 @@ class PlainForward:
         cos, sin = (table[0, :, None] for table in self.backbone.rotary_emb(x[None], positions[None]))  # (n, 1, D)
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        for layer, (qkv, gate_up) in zip(self.backbone.layers, self.joint):
-            query, key, value = self.before_attention(layer, x, *qkv, cos, sin)
-            window = getattr(layer.self_attn, "sliding_window", None)
-            out = layout.attend(layer.self_attn.layer_idx, query, key, value, layer.self_attn.scaling, window)
-            x = self.after_attention(layer, x, out, *gate_up)
+        query_key_value = self.before_attention(self.layers[0], x, cos, sin)
+        for this, following in zip(self.layers, [*self.layers[1:], None]):
+            attention = this[0].self_attn
+            window = getattr(attention, "sliding_window", None)
+            out = layout.attend(attention.layer_idx, *query_key_value, attention.scaling, window)
+            x, query_key_value = self.after_attention(this, x, out, following, cos, sin)
         return rms_norm(x, self.backbone.norm)
 
     @staticmethod
-    def before_attention(layer, x, weight, bias, cos, sin):
+    def before_attention(this, x, cos, sin):
         """x (n, hidden) -> query (n, H, D), key and value (n, H_kv, D), with the rotary positions in them."""
+        layer, (weight, bias), _ = this
         attention, dim = layer.self_attn, layer.self_attn.head_dim
         qkv = F.linear(rms_norm(x, layer.input_layernorm), weight, bias).view(len(x), -1, dim)
         heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
@@ -1128,11 +1131,14 @@ class PlainForward:
         return *qk.split([heads, kv_heads], dim=1), value
 
     @staticmethod
-    def after_attention(layer, x, out, weight, bias):
-        """What x (n, hidden) becomes by attention's output (n, H, D) and then by the MLP: (n, hidden)."""
+    def after_attention(this, x, out, following, cos, sin):
+        """What x (n, hidden) becomes by attention's output (n, H, D) and then by the MLP, and what `before_attention` of the
+        layer that follows, if one does, makes of that."""
+        layer, _, (weight, bias) = this
         x = x + layer.self_attn.o_proj(out.flatten(1))
         gate, up = F.linear(rms_norm(x, layer.post_attention_layernorm), weight, bias).chunk(2, dim=-1)
-        return x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
+        x = x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
+        return x, following and PlainForward.before_attention(following, x, cos, sin)
 
 
 def rms_norm(x, norm):
@@ -1165,32 +1171,50 @@ def packed(weight, rows):
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
 
-def draw(probs, uniform):
-    """Tokens (n,) from distributions probs (n, V) by inverting the cumulative distribution at uniform (n,) in [0, 1).
+def draw(logits, uniform):
+    """Tokens (n,) from softmax(logits (n, V)) by inverting its cumulative distribution at uniform (n,) in [0, 1).
 
     One random number a row instead of V; the same distribution. Also the tokens' log-probabilities (n,). First among
     blocks of tokens, then within one: a running sum over the whole vocabulary is slow on a GPU, and rounds.
     """
-    size = max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if probs.shape[1] % n == 0)
-    blocks = probs.view(len(probs), -1, size)
-    block, rest = invert(blocks.sum(dim=-1), uniform[:, None])
-    chosen = blocks.gather(1, block[:, :, None].expand(-1, 1, size))[:, 0]  # (n, size)
-    token, _ = invert(chosen, rest)
-    return (block * size + token)[:, 0], chosen.gather(1, token)[:, 0].log()
+    blocks = vocabulary_blocks(logits)
+    highest, at = blocks.max(dim=-1, keepdim=True)
+    within = blocks.log_softmax(dim=-1)  # of each token in its block; a GPU reads and writes the logits once for it
+    totals = torch.where(highest.isinf(), highest, highest - within.gather(2, at))[:, :, 0]  # logs of the blocks' sums
+    among = totals.log_softmax(dim=-1)
+    block, rest = invert(among.exp(), uniform[:, None])
+    chosen = of_block(within, block)
+    token, _ = invert(chosen.exp(), rest)
+    return (block * blocks.shape[2] + token)[:, 0], (among.gather(1, block) + chosen.gather(1, token))[:, 0]
 
 
 def draw_with_entropy(logits, uniform):
-    """What `draw` gives for softmax(logits), and its entropies log Z - sum of p z, all (n,).
+    """What `draw` gives, and the entropies log Z - sum of p z, all (n,).
 
     On a CPU a few rows at a time, which stay in the cache, and no second (n, V) table stands beside the logits.
     """
     size, parts = len(logits) if logits.is_cuda else max(HeadLogprobs.BLOCK // logits.shape[1], 1), []
     for z, u in zip(logits.split(size), uniform.split(size)):
         probs = z.softmax(dim=-1)
-        token, logprob = draw(probs, u)
+        blocks = vocabulary_blocks(probs)
+        block, rest = invert(blocks.sum(dim=-1), u[:, None])
+        chosen = of_block(blocks, block)
+        index, _ = invert(chosen, rest)
+        token, logprob = (block * blocks.shape[2] + index)[:, 0], chosen.gather(1, index)[:, 0].log()
         log_z = z.gather(1, token[:, None])[:, 0] - logprob
         parts.append((token, logprob, log_z - probs.mul_(z).sum(dim=-1)))
     return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def vocabulary_blocks(table):
+    """Numbers of all tokens (n, V) in blocks of up to 128, (n, blocks, tokens of a block)."""
+    size = max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if table.shape[1] % n == 0)
+    return table.view(len(table), -1, size)
+
+
+def of_block(blocks, block):
+    """What one block (n, 1) of each row holds: (n, tokens of a block)."""
+    return blocks.gather(1, block[:, :, None].expand(-1, 1, blocks.shape[2]))[:, 0]
 
 
 def invert(weights, share):
@@ -1242,6 +1266,7 @@ class Sampler:
         self.packed_head = packed(self.model.get_output_embeddings().weight, B)
         is_plain = PlainForward.fits(self.model)
         self.forward = PlainForward(self.model) if is_plain else functools.partial(flat_forward, self.model)
+        self.draw = fused(draw) if is_compiled(self.model) else draw
         self.model.eval()  # in training gradient checkpointing reads the random state, which a graph cannot capture
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=is_low, cache_enabled=False):
             self.prefill(prompts, prompt_lengths, to_device(group, self.device), P, greedy)
@@ -1304,7 +1329,7 @@ class Sampler:
         return head_logits(states.to(head.weight.dtype), head.weight, head.bias, scale, out=logits)
 
     def choose(self, logits, greedy):
-        """Choose and record a token for each live row from logits (live, V), whose memory it takes."""
+        """Choose and record a token for each live row from logits (live, V)."""
         live = slice(self.cache.live)
         sequence, finished = self.sequence[live], self.finished[live]
         cell = sequence * self.C + self.t  # of the flattened (B, C) tables
@@ -1317,7 +1342,7 @@ class Sampler:
                 tokens, logprobs, entropy = draw_with_entropy(logits, uniforms)
                 self.entropy.view(-1).index_copy_(0, cell, torch.where(finished, 0.0, entropy))
             else:
-                tokens, logprobs = draw(torch.softmax(logits, dim=-1, out=logits), uniforms)
+                tokens, logprobs = self.draw(logits, uniforms)
         self.ids.view(-1).index_copy_(0, cell, torch.where(finished, self.pad_id, tokens))
         self.logprobs.view(-1).index_copy_(0, cell, torch.where(finished, 0.0, logprobs))
         self.lengths.index_add_(0, sequence, (~finished).long())
@@ -1577,6 +1602,10 @@ def frozen_copy(model, compute_dtype=torch.float32):
 def fused(function):
     """The function compiled, the same one at every call: samplers come and go, programs stay."""
     return torch.compile(function)
+
+
+def is_compiled(model) -> bool:
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def compile_layers(*models):

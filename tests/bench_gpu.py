@@ -309,7 +309,7 @@ def check_distribution(results, sizes):
         counts = torch.zeros(vocabulary, dtype=torch.float64)
         for seed in range(64):
             uniform = torch.rand(rows, generator=torch.Generator().manual_seed(seed)).to(sizes.device)
-            tokens, _ = common.draw(logits.to(sizes.device).softmax(-1).expand(rows, -1), uniform)
+            tokens, _ = common.draw(logits.to(sizes.device).expand(rows, -1), uniform)
             counts += tokens.cpu().bincount(minlength=vocabulary)
         both = counts, logits.double().softmax(-1) * 64 * rows
         observed, expected = (torch.zeros(int(bins[-1]) + 1, dtype=torch.float64).index_add_(0, bins, x) for x in both)

@@ -484,28 +484,31 @@ def test_a_changed_model_samples_through_transformers(llama):
     assert not common.PlainForward.fits(helpers.make_model("gemma")) and not common.PlainForward.fits(helpers.make_model("mixtral"))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma"])  # PlainForward, and not
-def test_compiled_layers_sample_and_train_like_others(family):
+@pytest.mark.parametrize(  # PlainForward, and not; the sampler's precision
+    ("family", "dtype"), [("qwen3", torch.float32), ("qwen3", torch.bfloat16), ("gemma", torch.float32)]
+)
+def test_compiled_layers_sample_and_train_like_others(family, dtype):
     """Over changing numbers of rows and tokens; all layers and all numbers share what is compiled."""
 
-    def results(model):
-        sampler = common.Sampler(model, ENDS, 1.0, 12)
+    def results(model, sampler):
         for group in (2, 5, 3):
             model.zero_grad()
             uniforms = torch.rand(4 * group, 12, generator=torch.Generator().manual_seed(group))
             rollout = sampler.sample(PROMPTS, group, uniforms)
             logprobs = common.completion_logprobs(model, rollout, 1.0)
             (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
-            yield sampler.forward, rollout, logprobs.detach(), helpers.gradients(model)
+            yield rollout, logprobs.detach(), helpers.gradients(model)
 
     model = helpers.make_model(family)
-    plain = list(results(model))
+    sampler = common.Sampler(model, ENDS, 1.0, 12, dtype)
+    plain = list(results(model, sampler))
     with helpers.compiling_with("aot_eager"):
-        common.compile_layers(model)
-        compiled = list(results(model))
-    for (_, want, want_logprobs, want_gradients), (forward, got, logprobs, gradients) in zip(plain, compiled, strict=True):
-        if isinstance(forward, common.PlainForward):
-            assert forward.before_attention is not common.PlainForward.before_attention
+        common.compile_layers(model, sampler.model)
+        compiled = list(results(model, sampler))
+    assert sampler.draw is not common.draw
+    if isinstance(sampler.forward, common.PlainForward):
+        assert sampler.forward.before_attention is not common.PlainForward.before_attention
+    for (want, want_logprobs, want_gradients), (got, logprobs, gradients) in zip(plain, compiled, strict=True):
         assert torch.equal(got.completion_ids, want.completion_ids)
         torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, atol=1e-5, rtol=0)
         torch.testing.assert_close(logprobs, want_logprobs, atol=1e-5, rtol=0)
@@ -567,27 +570,32 @@ def test_bfloat16_sampler_stays_near_the_float32_policy(llama):
     assert float((scored - rollout.sampler_logprobs).abs().mean()) < 0.03
 
 
-def test_draw_has_the_frequencies_of_the_softmax():
+BOTH_WAYS_TO_DRAW = pytest.mark.parametrize("draw", [common.draw, common.draw_with_entropy])
+
+
+@BOTH_WAYS_TO_DRAW
+def test_draw_has_the_frequencies_of_the_softmax(draw):
     """Chi-square over 20 tokens, 200,000 draws: 43.8 is exceeded once in a thousand seeds, and this seed is fixed."""
     logits = 1.5 * torch.randn(1, 20)
     n = 200_000
-    tokens, logprobs = common.draw(logits.softmax(-1).expand(n, 20), torch.rand(n))
+    tokens, logprobs, *_ = draw(logits.expand(n, 20), torch.rand(n))
     want = n * logits[0].double().softmax(-1)
     counts = torch.bincount(tokens, minlength=20).double()
     assert float(((counts - want) ** 2 / want).sum()) < 43.8
     torch.testing.assert_close(logprobs, logits[0].log_softmax(-1)[tokens], atol=1e-5, rtol=0)
 
 
+@BOTH_WAYS_TO_DRAW
 @pytest.mark.parametrize("uniform", [0.0, 2.0**-24, 0.5, 1 - 2.0**-24])
 @pytest.mark.parametrize("vocabulary", [5, 1000, 151_936])
-def test_draw_never_takes_a_token_of_probability_zero(uniform, vocabulary):
+def test_draw_never_takes_a_token_of_probability_zero(uniform, vocabulary, draw):
     """Not at the ends of the vocabulary, not at either end of the random numbers, not where rounding piles up."""
     logits = torch.randn(6, vocabulary)
     logits[0, :-1] = logits[1, 1:] = logits[2, : vocabulary // 2] = logits[3, vocabulary // 2 :] = -math.inf
     logits[4, ::2] = -math.inf
     logits[5] = -200.0
     logits[5, vocabulary // 3] = 0.0
-    tokens, logprobs = common.draw(logits.softmax(-1), torch.full((6,), uniform))
+    tokens, logprobs, *_ = draw(logits, torch.full((6,), uniform))
     assert (tokens >= 0).all() and (tokens < vocabulary).all() and logprobs.isfinite().all()
     assert logits.gather(1, tokens[:, None]).isfinite().all()
     assert tokens[0] == vocabulary - 1 and tokens[1] == 0 and tokens[5] == vocabulary // 3
