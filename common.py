@@ -1127,7 +1127,7 @@ class PlainForward:
             qk = torch.cat([rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)], dim=1)
         else:
             qk = qkv[:, : heads + kv_heads]
-        qk = torch.addcmul(qk * cos, qk.roll(dim // 2, dims=-1), sin).to(value.dtype)
+        qk = (qk * cos).addcmul_(qk.roll(dim // 2, dims=-1), sin).to(value.dtype)  # addcmul itself would be autocast
         return *qk.split([heads, kv_heads], dim=1), value
 
     @staticmethod
@@ -1289,17 +1289,14 @@ class Sampler:
                 B, columns = max(B, self.cache.rows), max(columns, self.cache.columns)
             self.graphs, self.pool, self.cache = {}, None, None  # frees the old cache before the new one
             self.cache = DecodeLayout(B, columns, self.device, self.compute_dtype)
-            self.tokens, self.sequence, self.lengths = (
-                torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(3)
-            )
+            self.tokens, self.cell = (torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(2))
             self.finished = torch.zeros(B, dtype=torch.bool, device=self.device)
-            self.t = torch.zeros(1, dtype=torch.long, device=self.device)
             self.ids = torch.zeros(B, self.C, dtype=torch.long, device=self.device)
             self.logprobs, self.entropy, self.uniforms = (torch.zeros(B, self.C, device=self.device) for _ in range(3))
-        for tensor in (self.logprobs, self.entropy, self.lengths, self.finished, self.t):
+        for tensor in (self.logprobs, self.entropy, self.finished):
             tensor.zero_()
         self.ids.fill_(self.pad_id)
-        self.sequence[:B] = torch.arange(B, device=self.device)  # that each row holds
+        self.cell[:B] = self.C * torch.arange(B, device=self.device)  # of each row's next token in the flattened tables
         if uniforms is not None:
             self.uniforms[:B] = to_device(uniforms, self.device)
 
@@ -1331,8 +1328,7 @@ class Sampler:
     def choose(self, logits, greedy):
         """Choose and record a token for each live row from logits (live, V)."""
         live = slice(self.cache.live)
-        sequence, finished = self.sequence[live], self.finished[live]
-        cell = sequence * self.C + self.t  # of the flattened (B, C) tables
+        cell, finished = self.cell[live], self.finished[live]
         if greedy:
             tokens = logits.argmax(dim=-1)
             logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
@@ -1340,15 +1336,14 @@ class Sampler:
             uniforms = self.uniforms.view(-1).index_select(0, cell)
             if self.is_exact:  # the trainer may take over what is seen here
                 tokens, logprobs, entropy = draw_with_entropy(logits, uniforms)
-                self.entropy.view(-1).index_copy_(0, cell, torch.where(finished, 0.0, entropy))
+                self.entropy.view(-1).index_copy_(0, cell, entropy.masked_fill_(finished, 0.0))
             else:
                 tokens, logprobs = self.draw(logits, uniforms)
-        self.ids.view(-1).index_copy_(0, cell, torch.where(finished, self.pad_id, tokens))
-        self.logprobs.view(-1).index_copy_(0, cell, torch.where(finished, 0.0, logprobs))
-        self.lengths.index_add_(0, sequence, (~finished).long())
-        self.tokens[live] = tokens
+        self.tokens[live] = tokens.masked_fill_(finished, self.pad_id)
+        self.ids.view(-1).index_copy_(0, cell, tokens)
+        self.logprobs.view(-1).index_copy_(0, cell, logprobs.masked_fill_(finished, 0.0))
         finished |= (tokens[:, None] == self.end_ids).any(dim=-1)
-        self.t += 1
+        cell += 1
 
     def replay(self, greedy):
         """One step as a CUDA graph, captured the first time that its shape is seen."""
@@ -1371,7 +1366,7 @@ class Sampler:
 
     def state(self):
         """What a step changes, besides the cache cells of its own column, which it writes again."""
-        ours = [self.tokens, self.finished, self.t, self.lengths, self.ids, self.logprobs, self.entropy]
+        ours = [self.tokens, self.finished, self.cell, self.ids, self.logprobs, self.entropy]
         return [*ours, self.cache.positions, self.cache.column]
 
     def drop_finished(self):
@@ -1389,28 +1384,28 @@ class Sampler:
         movers = to_device(live + (~finished[live:]).nonzero()[:, 0], self.device)
         holes = holes[: len(movers)]
         self.cache.move(movers, holes)
-        for tensor in (self.tokens, self.sequence, self.finished):
+        for tensor in (self.tokens, self.cell, self.finished):
             tensor[holes] = tensor[movers]
         self.cache.live = live
 
     def rollout(self, prompts, prompt_lengths, group) -> Rollout:
         B, P = len(group), int(prompt_lengths.max())
-        lengths = self.lengths[:B].cpu()
+        # (B, C). Where nothing was sampled stands the pad, which is an end token.
+        is_end = (self.ids[:B, :, None] == self.end_ids).any(dim=-1)
+        lengths = ((is_end.cumsum(dim=1) == 0).sum(dim=1) + 1).clamp(max=self.C).cpu()  # the first end token included
         C = int(lengths.max())
         prompt_ids = torch.full((len(prompts), P), self.pad_id)
         for row, ids in zip(prompt_ids, prompts):
             row[P - len(ids) :] = torch.tensor(ids)
         device_lengths = to_device(lengths, self.device)[:, None]
-        completion_ids = self.ids[:B, :C].clone()
-        last = completion_ids.gather(1, device_lengths - 1)
         rollout = Rollout(
             prompt_ids=to_device(prompt_ids[group], self.device),
             prompt_lengths=prompt_lengths[group],
             prompt_index=group,
-            completion_ids=completion_ids,
+            completion_ids=self.ids[:B, :C].clone(),
             completion_mask=torch.arange(C, device=self.device) < device_lengths,
             lengths=lengths,
-            truncated=~(last == self.end_ids).any(dim=-1),
+            truncated=~is_end.any(dim=1),
             sampler_logprobs=self.logprobs[:B, :C].clone(),
             sampler_entropy=self.entropy[:B, :C].clone(),
         )

@@ -556,7 +556,7 @@ def test_buckets_of_columns_and_rows_change_nothing(family, monkeypatch):
             assert torch.equal(got.truncated, want.truncated)
             torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, atol=1e-5, rtol=0)
             torch.testing.assert_close(got.sampler_entropy, want.sampler_entropy, atol=1e-5, rtol=0)
-            for left_behind in (bucketed.ids, bucketed.logprobs, bucketed.entropy, bucketed.lengths, bucketed.finished, bucketed.tokens, bucketed.t):  # anything at all
+            for left_behind in (bucketed.ids, bucketed.logprobs, bucketed.entropy, bucketed.finished, bucketed.tokens, bucketed.cell):  # anything at all
                 left_behind.fill_(1)
             for left_behind in (*first_cache.keys.values(), *first_cache.values.values(), first_cache.mask):
                 left_behind.fill_(3.0)
