@@ -390,21 +390,28 @@ def test_gpu_trains_in_bfloat16_with_checkpointed_layers(script, tmp_path):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_layers_on_a_gpu(dtype):
-    """In graphs of several shapes, against the layers as they are."""
+    """In graphs of several shapes and in training, against the layers as they are."""
     pytest.importorskip("triton")
     model, uniforms = helpers.make_model("qwen2").cuda(), uniforms_of(48, 40)
     sampler = common.Sampler(model, END, 0.8, 40, dtype, own_copy=True)
+
+    def trained(rollout):
+        model.zero_grad()
+        logprobs = common.completion_logprobs(model, rollout, 0.8)
+        (logprobs * torch.linspace(-1, 1, logprobs.numel(), device="cuda").view_as(logprobs)).sum().backward()
+        return logprobs.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
     with helpers.compiling_with("inductor"), torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         common.compile_layers(sampler.model)
         rollout = sampler.sample(PROMPTS, 12, uniforms)
-        with torch.no_grad():
-            scored = common.completion_logprobs(model, rollout, 0.8)
-            common.compile_layers(model)
-            compiled = common.completion_logprobs(model, rollout, 0.8)
+        logprobs, gradient = trained(rollout)
+        common.compile_layers(model)
+        compiled, compiled_gradient = trained(rollout)
     assert len({rows for rows, _, _ in sampler.graphs}) > 1
     tolerance = 1e-4 if dtype == torch.float32 else 0.4
-    torch.testing.assert_close(rollout.sampler_logprobs, scored, atol=tolerance, rtol=0)
-    torch.testing.assert_close(compiled, scored, atol=tolerance, rtol=0)
+    torch.testing.assert_close(rollout.sampler_logprobs, logprobs, atol=tolerance, rtol=0)
+    torch.testing.assert_close(compiled, logprobs, atol=tolerance, rtol=0)
+    assert (compiled_gradient - gradient).norm() < (1e-4 if dtype == torch.float32 else 0.1) * gradient.norm()
 
 
 def test_a_whole_run_on_the_path_of_a_gpu(graphs_on_cpu, tmp_path):
