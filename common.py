@@ -1033,7 +1033,7 @@ class DecodeLayout:
 
     def start(self, prompt_lengths, group, P):
         """Empty the cache for prompts of these lengths (N,); row b continues prompt group[b]."""
-        self.group, self.P, self.live, self.used = group, P, len(group), P
+        self.group, self.P, self.live, self.used, self.masks = group, P, len(group), P, {}
         start, column = prompt_lengths[group][:, None], torch.arange(self.columns, device=self.device)
         self.mask[: self.live, 0, 0] = additive(column < start, self.mask.dtype)
         self.key_positions[: self.live, 0, 0] = torch.where(column < P, column, start + column - P)
@@ -1052,16 +1052,23 @@ class DecodeLayout:
         keys, values = self.keys[layer][: self.live], self.values[layer][: self.live]
         keys.index_copy_(2, self.column, key[:, :, None])
         values.index_copy_(2, self.column, value[:, :, None])
-        mask = self.mask[: self.live, :, :, : self.used]
-        if window is not None:
-            back = self.positions[: self.live, None, None, None] - self.key_positions[: self.live, :, :, : self.used]
-            mask = mask.masked_fill(back >= window, torch.finfo(mask.dtype).min)
         keys, values = keys[:, :, : self.used], values[:, :, : self.used]
-        return dot_product_attention(query[:, :, None], keys, values, scaling, mask)[:, :, 0]
+        return dot_product_attention(query[:, :, None], keys, values, scaling, self.window_mask(window))[:, :, 0]
+
+    def window_mask(self, window):
+        """Additive mask (live, 1, 1, used), once a step for all layers; window: how many tokens back each one sees, None: all."""
+        if window not in self.masks:
+            mask = self.mask[: self.live, :, :, : self.used]
+            if window is not None:
+                back = self.positions[: self.live, None, None, None] - self.key_positions[: self.live, :, :, : self.used]
+                mask = mask.masked_fill(back >= window, torch.finfo(mask.dtype).min)
+            self.masks[window] = mask
+        return self.masks[window]
 
     def advance(self):
         self.column += 1
         self.positions[: self.live] += 1
+        self.masks = {}
 
     def move(self, source, target):
         """Copy rows `source` over rows `target`."""
@@ -1189,7 +1196,7 @@ def draw(logits, uniform):
 
 
 def draw_with_entropy(logits, uniform):
-    """What `draw` gives, and the entropies log Z - sum of p z, all (n,).
+    """What `draw` gives, and the entropies log Z - sum of p z, all (n,), by the probabilities, which these need.
 
     On a CPU a few rows at a time, which stay in the cache, and no second (n, V) table stands beside the logits.
     """
