@@ -160,12 +160,13 @@ def run_ours(algorithm: str, folder: Path, w: Workload, options):
         "model": folder / "model", "dataset": folder / "prompts.jsonl", "reward": f"{__file__}:reward", "reward-timeout": 0,
         "prompts-per-step": w.prompts, "max-new-tokens": w.max_new_tokens, "steps": 10_000, "kl-coef": KL_COEF,
         "learning-rate": LEARNING_RATE, "warmup-steps": 0, "num-minibatches": 1, "eval-every": 0, "eval-prompts": 1,
-        "output-dir": folder / f"run-{os.getpid()}", "device": "cpu", "log-samples": 0, "micro-batch-tokens": w.micro_batch_tokens,
+        "output-dir": folder / f"run-{os.getpid()}", "device": "cpu", "log-samples": 0,
         "gradient-checkpointing": w.gradient_checkpointing,
     }  # fmt: skip
     if algorithm == "grpo":
-        flags |= {"group-size": w.group, "update-epochs": 1}
-    else:
+        flags |= {"group-size": w.group, "update-epochs": 1, "micro-batch-tokens": w.micro_batch_tokens}
+    else:  # twice as large: a twelfth less time, and still less memory than PPOTrainer's
+        flags |= {"micro-batch-tokens": 2 * w.micro_batch_tokens}
         flags |= {"samples-per-prompt": w.group, "update-epochs": options.update_epochs, "critic-learning-rate": LEARNING_RATE}
     script.main(common.parse_args(script.Args, [text for name, value in flags.items() for text in (f"--{name}", str(value))]))
 
