@@ -2771,28 +2771,18 @@ class Means:
 def micro_batches(rollout: Rollout, budget: int) -> list[Tensor]:
     """Split the sequences of `rollout`, in order, into parts of at most `budget` tokens (or one sequence): CPU indices.
 
-    A prompt counts once in each part. As few parts as that takes; and of similar size, since the largest costs memory.
+    A prompt counts once in each part.
     """
+    parts, tokens, seen = [[]], 0, set()
     prompts, prompt_lengths, lengths = (x.tolist() for x in (rollout.prompt_index, rollout.prompt_lengths, rollout.lengths))
-
-    def split(budget):
-        parts, sizes, seen = [[]], [0], set()
-        for row in range(len(rollout)):
-            cost = lengths[row] + (0 if prompts[row] in seen else prompt_lengths[row])
-            if parts[-1] and sizes[-1] + cost > budget:
-                seen, cost = set(), lengths[row] + prompt_lengths[row]
-                parts.append([])
-                sizes.append(0)
-            parts[-1].append(row)
-            sizes[-1] += cost
-            seen.add(prompts[row])
-        return parts, sizes
-
-    parts, sizes = split(budget)
-    for slack in (1.02, 1.05, 1.1, 1.2):
-        evener, _ = split(min(slack * sum(sizes) / len(sizes), budget))
-        if len(evener) == len(parts):
-            return [torch.tensor(part) for part in evener]
+    for row in range(len(rollout)):
+        cost = lengths[row] + (0 if prompts[row] in seen else prompt_lengths[row])
+        if parts[-1] and tokens + cost > budget:
+            parts.append([])
+            tokens, seen, cost = 0, set(), lengths[row] + prompt_lengths[row]
+        parts[-1].append(row)
+        seen.add(prompts[row])
+        tokens += cost
     return [torch.tensor(part) for part in parts]
 
 
