@@ -2033,13 +2033,16 @@ def chat_ids(chat: list[dict], tokenizer) -> list[int]:
 
 
 def text_ids(texts: list[str], tokenizer) -> list[list[int]]:
-    """Tokens of texts with the tokenizer's own special tokens, but without an end token of its adding."""
+    """Tokens of texts with the tokenizer's own special tokens, but with no begin token beside one that the text spells, and
+    without an end token of its adding, for the model would be asked to go on after its own end."""
     all_ids = tokenizer(texts)["input_ids"] if texts else []
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     for i, (text, ids) in enumerate(zip(texts, all_ids)):
-        if ids and ids[-1] == tokenizer.eos_token_id:
-            # The model would be asked to go on after its own end. An end token that the text spells stays.
+        if ids[:2] == [begin, begin] or ids[-1:] == [end]:
             bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-            while ids and ids[-1] == tokenizer.eos_token_id and ids[-len(bare) :] != bare:
+            if bare[:1] == [begin] and ids[: len(bare) + 1] == [begin, *bare]:
+                ids = ids[1:]
+            while ids[-1:] == [end] and ids[-len(bare) :] != bare:
                 ids = ids[:-1]
             all_ids[i] = ids
     return all_ids
@@ -2048,12 +2051,17 @@ def text_ids(texts: list[str], tokenizer) -> list[list[int]]:
 def held_out_split(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
     """(training rows, evaluation rows): min(count, a tenth) by seeded choice, each side in file order.
 
-    With fewer than 10 rows there is nothing to hold out: the evaluation rows are training rows.
+    Of distinct prompts, since some datasets repeat each of theirs; none is on both sides. With fewer than 10 of them there
+    is nothing to hold out: the evaluation rows are training rows.
     """
-    if len(rows) < 10:
+    prompts, distinct = [json.dumps(row["prompt"]) for row in rows], {}
+    for prompt, row in zip(prompts, rows):
+        distinct.setdefault(prompt, row)
+    if len(distinct) < 10:
         return rows, rows[:count]
-    held = set(random.Random(seed).sample(range(len(rows)), min(count, len(rows) // 10)))
-    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+    held = set(random.Random(seed).sample(list(distinct), min(count, len(distinct) // 10)))
+    train_rows = [row for prompt, row in zip(prompts, rows) if prompt not in held]
+    return train_rows, [row for prompt, row in distinct.items() if prompt in held]
 
 
 def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward") -> tuple[list[dict], list[dict]]:
@@ -2068,9 +2076,14 @@ def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward
         ]
     else:
         train_rows, eval_rows = held_out_split(train_rows, args.eval_prompts, args.seed)
-    check_rewards(rewards, train_rows)
-    check_rewards([eval_reward], eval_rows)
+    check_rewards(rewards, train_rows, args.system_prompt)
+    check_rewards([eval_reward], eval_rows, args.system_prompt)
     return train_rows, eval_rows
+
+
+def as_question(prompt):
+    """A text as models without a chat template are asked; a chat as it is."""
+    return f"Question: {prompt}\nAnswer:" if isinstance(prompt, str) else prompt
 
 
 GSM8K_INSTRUCTION = "Solve the problem step by step. Then write #### and the final number."
@@ -2085,7 +2098,7 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
             run.say(f"gsm8k: --system-prompt is {system_prompt!r}")
         else:
             train_rows, eval_rows = (
-                [row | {"prompt": f"Question: {row['prompt']}\nAnswer:"} for row in rows] for rows in (train_rows, eval_rows)
+                [row | {"prompt": as_question(row["prompt"])} for row in rows] for rows in (train_rows, eval_rows)
             )
             run.say("gsm8k: no chat template, so prompts are 'Question: ...' and 'Answer:'")
     given = [row["prompt"] for row in train_rows + eval_rows]
@@ -2166,7 +2179,7 @@ SIGN = re.compile(r"((?<![\w)\]}%.])[-\u2212\u2013])?(?:\\?[$€£¥₹])?((?<![
 # What shows that a number is a piece of something else (10^3, 2\sqrt{3}, 6 * 7, 5:30, 1e3, 10 000) and not the number
 # that is meant. Units, degrees and the stars of *emphasis* are no such thing.
 GOES_ON = re.compile(
-    r"\s*(?:\^(?!\{?\\circ)|\\(?!text|math|mbox|circ|deg|q?quad|right|approx)[A-Za-z])"
+    r"\s*(?:\^(?!\{?\\circ)|\\(?!text|math|mbox|rm|circ|deg|q?quad|right|approx|implies|checkmark|end)[A-Za-z])"
     r"|\s*[-+*/×÷\u2212\u2013]\s*\\?[$€£¥₹]?[0-9(]|\s?\*\*[0-9(]|[²³¹⁰-⁹¼-¾⅐-⅞]|[_.,:][0-9]|[eE][-+]?[0-9]|\s[0-9]|\([0-9]"
 )
 BEGAN_BEFORE = re.compile(
@@ -2185,11 +2198,14 @@ def gsm8k_number(text: str) -> Fraction | None:
     not count, a/b, \frac{a}{b} and 4\frac{1}{2} are fractions; 42, 42.0 and \$42.00 are equal.
     """
     text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")  # TeX's spacing in 10{,}000
-    text = re.sub(r"\\[dt]?frac(?:\{([^{}]*)\}\{([^{}]*)\}|([0-9])([0-9]))", fraction_as_text, text)
+    text = re.sub(r"\\[ :;]|~", " ", text)
+    text = re.sub(r"\\[cdt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))", fraction_as_text, text)
     boxed = last_match(r"\\boxed\s*\{", text)
     if boxed:
         region = braced(text, boxed.end())
     else:
+        closed = text.rstrip("# \t\r\n")  # #### 42 ####
+        text = closed if "####" in closed else text
         region = text.rpartition("####")[2].strip().partition("\n")[0]
     if boxed or "####" in text:
         region = re.sub(r"(?<=\S) +\([^()=]*=[^()]*\)", "", region)  # a remark: 18 (9 = 3*3)
@@ -2203,6 +2219,8 @@ def gsm8k_number(text: str) -> Fraction | None:
     before = SIGN.search(text, max(0, start - 5), start)
     if GOES_ON.match(text, found.end()) or BEGAN_BEFORE.search(text[max(0, start - 20) : before.start()]):
         return None
+    if before[2] and (found[1] or "." in found[2]):  # .5.5
+        return None
     value = Fraction((before[2] or "") + re.sub("[,_]", "", found[2])) / int(found[3] or 1) + int(found[1] or 0)
     return -value if before[1] else value
 
@@ -2210,7 +2228,7 @@ def gsm8k_number(text: str) -> Fraction | None:
 def fraction_as_text(found: re.Match) -> str:
     r"""\frac{1}{2} as 1/2, and after a digit, in 4\frac{1}{2}, with a space before it."""
     space = " " if found.string[found.start() - 1 : found.start()].isdigit() else ""
-    return f"{space}{found[1] or found[3] or ''}/{found[2] or found[4] or ''}"
+    return f"{space}{found[1] or found[2] or ''}/{found[3] or found[4] or ''}"
 
 
 def last_match(pattern: str | re.Pattern, text: str) -> re.Match | None:
@@ -2266,7 +2284,7 @@ def countdown_equation(text: str) -> str:
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     text = text[start + len("<answer>") : end] if start >= 0 else text.strip().rpartition("\n")[2]
-    return text.translate({ord("×"): "*", ord("÷"): "/", ord("\u2212"): "-"}).strip().rstrip(".")
+    return text.translate(str.maketrans("×·÷\u2212\u2013\xa0\t", "**/--  ")).strip().rstrip(".")
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -2425,13 +2443,20 @@ def load_reward_model(args, run) -> Callable:
     if config.pad_token_id is None:  # transformers would refuse more than one row at a time
         config.pad_token_id = -1  # the id of no token, for rows of one length need none
 
+    takes_system = bool(tokenizer.chat_template) and shows_system_message(tokenizer)
+
     def ids_of(prompt, completion):
         if not isinstance(prompt, str) and not tokenizer.chat_template:
             raise UserError(f"--reward-model {args.reward_model}: has no chat template, but the prompts are chats")
         if isinstance(prompt, str):
             ids = tokenizer(prompt + completion).input_ids
         else:
-            ids = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=False)
+            *before, last = prompt if takes_system else system_in_user_turn(prompt)
+            if last["role"] == "assistant":  # the completion goes on with that message
+                chat = [*before, last | {"content": last["content"] + completion[0]["content"]}]
+            else:
+                chat = [*before, last, *completion]
+            ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
         if 0 < room < len(ids):
             what = f"has {room} positions, but a prompt with its completion {len(ids)} tokens"
             raise UserError(f"--reward-model {args.reward_model}: {what}; lower --max-prompt-tokens or --max-new-tokens")
@@ -2483,7 +2508,7 @@ def raised_at(error: BaseException, path: str | None) -> str:
     return f"{frame.filename}:{frame.lineno}"
 
 
-def check_rewards(rewards: list[Reward], rows: list[dict]):
+def check_rewards(rewards: list[Reward], rows: list[dict], system_prompt: str | None = None):
     """Raises UserError, before anything is sampled, for rewards that cannot score these rows.
 
     Checked for all: the columns that they demand; for the built-in ones also what the columns hold, and for a reward
@@ -2500,7 +2525,8 @@ def check_rewards(rewards: list[Reward], rows: list[dict]):
                     raise UserError(f"{getattr(row, 'place', 'a row')}: reward {reward.name}: {error}") from error
         elif reward.name == "reward_model":
             some = sorted(rows, key=lambda row: len(str(row["prompt"])))[:8]  # the shortest are not dropped as too long
-            score([reward], [Prompt([], row["prompt"], {}) for row in some], [""] * len(some), [[]] * len(some))
+            prompts = [Prompt([], with_system_prompt(row["prompt"], system_prompt), {}) for row in some]
+            score([reward], prompts, [""] * len(some), [[]] * len(some))
 
 
 # What a function is offered beside the columns. TRL's documentation has it as completions_ids, too.
@@ -2614,7 +2640,7 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
         raise UserError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} seconds") from None
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
         module = sys.modules.get(getattr(reward.function, "__module__", None))
         place = raised_at(error, getattr(module, "__file__", None))
         called = f"called with {len(completions)} completions, the first: {completion_text(completions[0])[:40]!r}"
@@ -2640,7 +2666,7 @@ class RewardTimeout(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: float):
-    """Raises RewardTimeout in the block after so many seconds; 0: never.
+    """Raises RewardTimeout in the block after so many seconds, and again if clean-up takes as long; 0: never.
 
     Signals reach the main thread only: elsewhere, and on Windows, there is no limit. A function
     that sets an alarm of its own (math_verify does) takes this one's place.
@@ -2654,7 +2680,7 @@ def time_limit(seconds: float):
         raise RewardTimeout
 
     handler = signal.signal(signal.SIGALRM, expire)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:
@@ -2725,7 +2751,7 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
         for prompt, right in zip(some, judged(some, 1, None)):
             means.add("eval/accuracy", right)
             known += len(right)
-            if "level" in prompt.columns and len(right):
+            if prompt.columns.get("level") is not None and len(right):
                 means.add(f"eval/accuracy_{prompt.columns['level']}", right)
         if n:
             uniforms = run.uniforms(start * run.world + run.rank, 5, len(some) * n, sampler.C)

@@ -208,6 +208,29 @@ def test_reward_model_without_a_pad_token_scores_several_completions_at_once(tmp
             assert score == pytest.approx(judge.eval()(torch.tensor([[WORDS.index(c) for c in text]])).logits.item(), abs=1e-5)
 
 
+TURNS = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% if not loop.last %}e{% endif %}{% endfor %}"
+STRICT = (
+    "{% for m in messages %}{% if m.role != ['user', 'assistant'][loop.index0 % 2] %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + TURNS
+)
+
+
+@pytest.mark.parametrize("template, with_system", [(STRICT, "ub\n\nae"), (TURNS, "sbeuae")])
+def test_a_reward_model_reads_system_messages_and_begun_replies(tmp_path, template, with_system):
+    config = transformers.LlamaConfig(**helpers.SIZES, num_labels=1)
+    judge = transformers.AutoModelForSequenceClassification.from_config(config)
+    judge.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, eos_token="<end>", chat_template=template)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    args = common.parse_args(grpo.Args, ["--reward-model", str(tmp_path), "--device", "cpu"])
+    system, user, begun = ({"role": role, "content": text} for role, text in [("system", "b"), ("user", "a"), ("assistant", "c")])
+    prompts, completion = [[user], [user, begun], [system, user]], [{"role": "assistant", "content": "d"}]
+    got = common.load_reward_model(args, common.Run(args, "test"))(prompts=prompts, completions=[completion] * 3)
+    for text, score in zip(["uaead", "uaeacd", f"{with_system}ad"], got):
+        ids = torch.tensor([tokenizer(text).input_ids])
+        assert score == pytest.approx(judge.eval()(ids).logits.item(), abs=1e-5), text
+
+
 @pytest.mark.parametrize(
     "changed, prompt, named",
     [
@@ -225,6 +248,10 @@ def test_a_reward_model_that_cannot_take_the_prompts_is_refused_before_the_polic
     rows = save_rows(tmp_path / "rows.jsonl", [{"prompt": prompt, "answer": "b"}] * 12)
     with pytest.raises(common.UserError, match=named):
         train(grpo, tmp_path, "--dataset", rows, "--reward-model", tmp_path / "judge")
+    if changed == {}:
+        rows = save_rows(tmp_path / "texts.jsonl", [{"prompt": "ab", "answer": "b"}] * 12)
+        with pytest.raises(common.UserError, match=named):
+            train(grpo, tmp_path, "--dataset", rows, "--reward-model", tmp_path / "judge", "--system-prompt", "be")
 
 
 @pytest.mark.parametrize("family, noise", {"llama": "attention_dropout", "opt": "dropout", "mixtral": "router_jitter_noise"}.items())

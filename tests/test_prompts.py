@@ -208,6 +208,12 @@ def test_text_has_the_tokenizers_bos_but_never_its_eos(prefix, suffix, expected)
     assert decoded([{"prompt": "ab"}], make_tokenizer(prefix, suffix)) == [expected]
 
 
+def test_begin_token_spelled_by_the_text_is_not_doubled():
+    rows = [{"prompt": "[B]ab"}, {"prompt": "[B][B]ab"}, {"prompt": "ab"}]
+    assert decoded(rows, make_tokenizer("[B]", "[E]")) == ["[B]ab", "[B][B]ab", "[B]ab"]
+    assert decoded(rows, make_tokenizer()) == ["[B]ab", "[B][B]ab", "ab"]
+
+
 @pytest.mark.parametrize("suffix", ["", "[E]"])
 def test_end_token_spelled_by_the_text_stays(suffix):
     assert decoded([{"prompt": "ab[E]"}], make_tokenizer("[B]", suffix)) == ["[B]ab[E]"]
@@ -306,6 +312,23 @@ def test_held_out_split_is_disjoint_whole_and_seeded(size, count, held):
 def test_held_out_split_of_a_few_rows_is_the_rows():
     rows = [{"prompt": str(i)} for i in range(9)]
     assert common.held_out_split(rows, 500, 1) == (rows, rows)
+    assert common.held_out_split(rows * 2, 12, 1) == (rows * 2, (rows * 2)[:12])
+
+
+def test_a_prompt_that_rows_repeat_is_held_out_with_all_of_them():
+    rows = [{"prompt": [{"role": "user", "content": str(i % 40)}], "answer": i} for i in range(400)]
+    train, evaluation = common.held_out_split(rows, 500, 1)
+    assert [row["answer"] for row in evaluation] == sorted({row["answer"] % 40 for row in evaluation})
+    assert len(evaluation) == 4 and [row for row in rows if row["prompt"] not in [e["prompt"] for e in evaluation]] == train
+
+
+def test_a_chat_among_gsm8k_rows_is_not_asked_as_a_text():
+    run, config = helpers.make_run(system_prompt=None, model="m", dataset="gsm8k"), transformers.LlamaConfig(vocab_size=50)
+    texts = [{"prompt": f"a{i}"} for i in range(11)]
+    train, _ = common.tokenize_train_and_eval(run.args, run, make_tokenizer(), config, texts, texts[:2])
+    assert train[0].prompt == "Question: a0\nAnswer:"
+    with pytest.raises(common.UserError, match="no chat template"):
+        common.tokenize_train_and_eval(run.args, run, make_tokenizer(), config, texts, [{"prompt": CHAT}])
 
 
 def stream_of(size, seed=0, position=0):

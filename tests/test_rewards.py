@@ -146,6 +146,25 @@ def test_exact():
         ("in 7. 42!", "42"),
         (r"so \(42\)", "42"),
         (r"x \approx 42", "42"),
+        (".5.5", None),
+        ("#### .1.2", None),
+        (r"\boxed{.5.5}", None),
+        ("$.50.25", None),
+        (".5 1/2", None),
+        ("#### 42 ####", "42"),
+        ("####42####", "42"),
+        ("#### 42\n####", "42"),
+        ("\\begin{aligned}\nx &= 42\n\\end{aligned}", "42"),
+        (r"x = 42 \implies", "42"),
+        (r"\boxed{42 \rm cm}", "42"),
+        (r"\frac {1}{2}", "1/2"),
+        (r"\frac{1} {2}", "1/2"),
+        (r"\frac 12", "1/2"),
+        (r"\frac1{2}", "1/2"),
+        (r"\cfrac{1}{2}", "1/2"),
+        (r"\boxed{4\ \frac{1}{2}}", "9/2"),
+        (r"\boxed{1\;042}", None),
+        ("#### 1~042", None),
     ],
 )
 def test_gsm8k_number(text, number):
@@ -196,6 +215,10 @@ def test_gsm8k_reads_every_spelling_of_an_integer(number, spelling):
         ("8 ** 2 ** 1", 0.0),
         ("+8 * (1 + 2)", 0.0),
         (" " * 300 + "(1 + 2) * 8", 1.0),
+        ("(1\xa0+\t2)·8 \u2013 0", 0.0),
+        ("(1\xa0+\t2)·8", 1.0),
+        ("8 * 2 \u2013 1", 0.0),
+        ("8 * (1 \u2013 \u22122)", 1.0),
         ("(1 + 2) *" + " " * 300 + "8", 0.0),
         ("", 0.0),
         ("()", 0.0),
@@ -602,6 +625,9 @@ def test_an_exception_names_function_type_message_and_line(reward_file):
             return [json.loads(text) for text in completions]
         async def later(completions, **kwargs):
             raise ValueError("two\\nlines")
+        async def cancelled(completions, **kwargs):
+            import asyncio
+            raise asyncio.CancelledError
         def leave(completions, **kwargs):
             raise SystemExit(0)
         """
@@ -609,7 +635,8 @@ def test_an_exception_names_function_type_message_and_line(reward_file):
     for name, named in [
         ("broken", rf"reward broken raised JSONDecodeError: Expecting .* at {path}:4"),
         ("later", rf"reward later raised ValueError: two lines at {path}:6, called with 2 completions, the first: 'not json'$"),
-        ("leave", rf"reward leave raised SystemExit: 0 at {path}:8"),
+        ("leave", rf"reward leave raised SystemExit: 0 at {path}:11"),
+        ("cancelled", rf"reward cancelled raised CancelledError at {path}:9"),
     ]:
         with pytest.raises(common.UserError, match=named) as error:
             run(common.load_rewards([f"{path}:{name}"], None), ["not json", "{}"])
@@ -655,3 +682,16 @@ def test_time_limit_reaches_async_functions():
 
     with pytest.raises(common.UserError, match="--reward-timeout"):
         run([sleepy], ["a"], timeout=0.1)
+
+
+def test_time_limit_comes_again_where_clean_up_does_not_end():
+    def waits(completions):
+        try:
+            time.sleep(30)
+        finally:
+            time.sleep(30)
+
+    start = time.monotonic()
+    with pytest.raises(common.UserError, match="--reward-timeout"):
+        run([waits], ["a"], timeout=0.1)
+    assert time.monotonic() - start < 10
