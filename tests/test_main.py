@@ -339,7 +339,7 @@ def test_evaluation_leaves_out_what_no_reward_applies_to():
     sampler = common.Sampler(common.tiny_model(tokenizer, 0), {tokenizer.eos_token_id}, 1.0, 2)
     verdicts = {"1+1=": [None] * 4, "1+2=": [1.0, None, None, None], "1+3=": [0.0, 1.0, None, 1.0], "1+4=": [0.0] * 4}
     prompts = [common.Prompt(tokenizer(text).input_ids, text, {"level": text[2]}) for text in verdicts]
-    prompts[0].columns["level"] = None
+    prompts[3].columns["level"] = None
 
     def some(prompts, **_):  # called with the greedy completions, one a prompt, and with the samples
         copies = len(prompts) // len(verdicts)
@@ -348,7 +348,7 @@ def test_evaluation_leaves_out_what_no_reward_applies_to():
     metrics = common.evaluate(run, sampler, tokenizer, prompts, common.Reward("some", some))
     assert metrics["eval/accuracy"] == metrics["eval/reward"] == pytest.approx(1 / 3)  # b is right, c and d are not
     levels = {name: value for name, value in metrics.items() if name.startswith("eval/accuracy_")}
-    assert levels == {"eval/accuracy_2": 1.0, "eval/accuracy_3": 0.0, "eval/accuracy_4": 0.0}
+    assert levels == {"eval/accuracy_2": 1.0, "eval/accuracy_3": 0.0}
     assert metrics["eval/pass@1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert metrics["eval/pass@2"] == pytest.approx((1 + 0) / 2) and metrics["eval/pass@4"] == 0.0
 
