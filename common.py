@@ -499,8 +499,8 @@ class Run:
         if "first rollout" not in self.said:
             self.said.add("first rollout")
             groups = f", {equal:.0%} of groups with equal scores" if "reward/frac_zero_std" in metrics else ""
-            score = "no scores" if math.isnan(metrics["reward/mean"]) else f"mean score {metrics['reward/mean']:.3g}"
-            self.say(f"first rollout: {score}, {cut:.0%} cut off{groups}")
+            found = "no scores" if math.isnan(cut) else f"mean score {metrics['reward/mean']:.3g}, {cut:.0%} cut off"
+            self.say(f"first rollout: {found}{groups}")
         template = ', or use the chat template: --system-prompt ""' if self.leaves_template_unused else ""
         advice = {
             f"no completion ends: the end token was never sampled; raise --max-new-tokens{template}": cut == 1,
@@ -629,7 +629,9 @@ def to_device(x, device):
 
 def flat_row_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, layout=None, **kwargs):
     """Attention for transformers: query (1, H, n, D), key and value (1, H_kv, n, D) -> (1, n, H, D)."""
-    if layout is None or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+    window_of_module = getattr(module, "sliding_window", None)  # some families leave it to the mask, which is not used here
+    has_more = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    if layout is None or has_more or (window_of_module and sliding_window is None):
         raise UserError(f"--model: the attention of {type(module).__name__} is of a kind that this project does not run")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Rotary positions leave query and key in float32 under autocast; the cache and the kernels want the compute dtype.
@@ -843,7 +845,7 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
     With `with_entropy` also the entropy of the distributions they were drawn from, (B, C), not differentiable. The
     vocabulary head runs on the valid completion tokens only, some at a time, so that no (B, T, V) tensor exists.
 
-    from_sampler: `model` still is what has sampled `batch`, in float32; then the numbers are those that the sampler saw,
+    from_sampler: `model` is still what sampled `batch`, in float32; then the numbers are those that the sampler saw,
     and only their gradient is computed. Saves one of the four products with the vocabulary's weight.
     """
     embedding, head, slots = model.get_input_embeddings(), model.get_output_embeddings(), batch.slots()
@@ -863,7 +865,9 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
 @with_whole_parameters
 def completion_values(critic, batch: Rollout):
     """The critic's value before each completion token: (B, C) float32, 0 outside the mask."""
-    values = critic.head(completion_states(critic.backbone, batch).float()).squeeze(-1)
+    states = completion_states(critic.backbone, batch).float()
+    with torch.autocast(states.device.type, enabled=False):  # rounding to bfloat16 would move a value of 10 by up to 0.03
+        values = critic.head(states).squeeze(-1)
     return from_slots(values, batch.slots(), batch.completion_ids.shape)
 
 
@@ -1749,7 +1753,7 @@ def warm_start(model, tokenizer, run, target=0.22, batch_size=64, max_steps=1000
 def check_model(run, model, sampler, tokenizer):
     """Compare log-probs of sampler, trainer and transformers' own attention on random tokens, and say what was found.
 
-    Raises UserError for a model family that this project's flat row cannot run, or gives other log-probs than transformers.
+    Raises UserError for a model family that the flat row cannot run, or for which it gives other log-probs than transformers.
     """
     name = f"--model {run.args.model}: {type(model).__name__}"
     try:
@@ -1771,34 +1775,45 @@ def check_model(run, model, sampler, tokenizer):
 
 @torch.no_grad()
 def logprob_gaps(run, model, sampler) -> tuple[float, float]:
-    """Largest difference in log-prob of the flat row and transformers, both in float32, and of sampler and trainer.
+    """Largest difference in log-prob of this project and transformers, both in float32, and of sampler and trainer.
 
     Comes before `shard`: sharded layers compute in --dtype always, and only float32 tells a wrong family from rounding.
     """
-    config = model.config.get_text_config()
-    sampler = copy.copy(sampler)  # whose tables are made anew, since a few tokens are enough
-    sampler.C = min(sampler.C, 16)
+    config, temperature, C = model.config.get_text_config(), sampler.temperature, min(sampler.C, 16)  # enough to tell
     room = positions_of(config) or math.inf
-    prompts = [(run.uniforms(0, 3, min(n, room - sampler.C)) * config.vocab_size).long().tolist() for n in (5, 9)]
-    rollout = sampler.sample(prompts, 2, run.uniforms(0, 4, 4, sampler.C))
+    prompts = [(run.uniforms(0, 3, min(n, room - C)) * config.vocab_size).long().tolist() for n in (5, 9)]
+    uniforms = run.uniforms(0, 4, 4, C)
+    sampler = copy.copy(sampler)  # its tables are made anew
+    sampler.C = C
+    rollout = sampler.sample(prompts, 2, uniforms)
     with run.autocast():
-        trainer = completion_logprobs(model, rollout, sampler.temperature)
-    ours, theirs = completion_logprobs(model, rollout, sampler.temperature), torch.zeros_like(trainer)
+        trainer = completion_logprobs(model, rollout, temperature)
+    sampler_gap = (trainer - rollout.sampler_logprobs).abs().max()
+    if not sampler.is_exact:  # a sampler in float32 may round where one in bfloat16 does, but must not be wrong
+        rollout = Sampler(model, set(sampler.end_ids.tolist()), temperature, C).sample(prompts, 2, uniforms)
+    ours = completion_logprobs(model, rollout, temperature)
+    theirs = torch.zeros_like(ours)
     model.set_attn_implementation("eager")
     try:
         for b, n in enumerate(rollout.lengths.tolist()):
             prompt = prompts[b // 2]
             ids = torch.tensor([prompt + rollout.completion_ids[b, :n].tolist()], device=run.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / sampler.temperature
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
             theirs[b, :n] = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     finally:
         model.set_attn_implementation("flat_row")
-    return float((ours - theirs).abs().max()), float((trainer - rollout.sampler_logprobs).abs().max())
+    gaps = [(x - theirs).abs().max() for x in (ours, rollout.sampler_logprobs)]
+    return float(torch.stack(gaps).max()), float(sampler_gap)
 
 
 def positions_of(config) -> int | None:
-    """How many tokens a text config has positions for; None: no bound is known (XLNet's -1 is none)."""
-    positions = getattr(config, "max_position_embeddings", None) or 0
+    """How many tokens a text config has positions for; None: no bound is known (XLNet's -1 is none).
+
+    With longrope (Phi-3, Phi-4-mini) the original number: a sequence that is longer changes the positions of its neighbours.
+    """
+    positions, rope = getattr(config, "max_position_embeddings", None) or 0, getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        positions = rope.get("original_max_position_embeddings") or positions
     return positions if positions > 0 else None
 
 
@@ -2354,9 +2369,10 @@ class Reward:
 class Scores:
     total: Tensor  # (B,) float32, weighted sum over the functions that apply, NaN where none does
     by_function: dict[str, Tensor]  # (B,) float32 each, unweighted, dense ones summed, NaN for None
-    # Only when a function returned lists: for each sample one weighted float a completion token, plain
-    # scores standing on the last one, and None where no step ends; None for it all where no function applies.
-    dense: list[list[float | None] | None] | None
+    # For each sample one weighted float a completion token, plain scores standing on the last one, and None where no
+    # step ends; None for it all where no function applies.
+    dense: list[list[float | None] | None]
+    has_lists: bool  # whether a function returned some
     metrics: dict[str, list[float]]  # what functions gave to log_metric(name, value), call by call
     extra: dict[str, list]  # what functions gave to log_extra(column, values), B values a column
 
@@ -2367,10 +2383,9 @@ class Scores:
             *((self.by_function[n], other.by_function[n]) for n in self.by_function),
         ]:
             mine[rows] = new
-        if self.dense or other.dense:
-            self.dense = self.dense or [None] * len(self.total)
-            for row, values in zip(rows, other.dense or [None] * len(rows)):
-                self.dense[row] = values
+        for row, values in zip(rows, other.dense):
+            self.dense[row] = values
+        self.has_lists |= other.has_lists
         for name, values in other.metrics.items():
             self.metrics[name] += values
         for column, values in other.extra.items():
@@ -2437,7 +2452,7 @@ def load_reward_model(args, run) -> Callable:
         )
 
     config, known = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
-    room = getattr(config, "max_position_embeddings", None) or 0
+    room = positions_of(config) or 0
     if 0 < room <= args.max_new_tokens:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: --reward-model {args.reward_model} has {room} positions")
     if config.pad_token_id is None:  # transformers would refuse more than one row at a time
@@ -2598,19 +2613,18 @@ def score(
     weights = {reward.name: reward.weight for reward in rewards}
     weighted = torch.stack([weights[name] * values for name, values in by_function.items()])  # (functions, B)
     total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), math.nan)
-    return Scores(total, by_function, dense_scores(weights, returned, completion_ids), metrics, extra)
+    has_lists = any(isinstance(value, list) for values in returned.values() for value in values)
+    return Scores(total, by_function, dense_scores(weights, returned, completion_ids), has_lists, metrics, extra)
 
 
 def dense_scores(
     weights: dict[str, float], returned: dict[str, list], completion_ids: list[list[int]]
-) -> list[list[float | None] | None] | None:
-    """Weighted sum of what the functions returned, a float a token; None if they returned no list.
+) -> list[list[float | None] | None]:
+    """Weighted sum of what the functions returned, a float a token.
 
     In a list 0 and None say that no step ends there (0 so that functions written for PPO work); a plain score always
     ends one, on the last token.
     """
-    if not any(isinstance(value, list) for values in returned.values() for value in values):
-        return None
     samples: list[list[float | None] | None] = [None] * len(completion_ids)
     for name, values in returned.items():
         for i, value in enumerate(values):
@@ -2668,11 +2682,10 @@ class RewardTimeout(BaseException):
 def time_limit(seconds: float):
     """Raises RewardTimeout in the block after so many seconds, and again if clean-up takes as long; 0: never.
 
-    Signals reach the main thread only: elsewhere, and on Windows, there is no limit. A function
-    that sets an alarm of its own (math_verify does) takes this one's place.
+    Signals reach the main thread only: elsewhere there is no limit. A function that sets an alarm of
+    its own (math_verify does) takes this one's place.
     """
-    in_main = threading.current_thread() is threading.main_thread()
-    if seconds <= 0 or not in_main or not hasattr(signal, "setitimer"):
+    if seconds <= 0 or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -2769,13 +2782,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over the mask, of one shape; 0 where the mask is empty."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
 class Means:
-    """Means of named numbers over all micro-batches and processes; sums stay on the device until they are asked for."""
+    """Means of named numbers over all micro-batches and processes, NaN for a mean of none; sums stay on the device until
+    they are asked for."""
 
     def __init__(self):
         self.sums = defaultdict(lambda: 0.0)  # name -> (sum, count)
@@ -2791,7 +2800,7 @@ class Means:
         parts = run.gather(sums)
         names = dict.fromkeys(name for part in parts for name in part)
         sums = {name: [sum(part.get(name, (0, 0))[i] for part in parts) for i in (0, 1)] for name in names}
-        return {name: total / max(count, 1) for name, (total, count) in sums.items()}
+        return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
 
 
 def micro_batches(rollout: Rollout, budget: int) -> list[Tensor]:
@@ -2856,7 +2865,7 @@ def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer, means: Means
 
 
 def with_less_memory(run, function):
-    """Call `function`; after running out of GPU memory once more with micro-batches of half the size."""
+    """Call `function`; each time GPU memory runs out, once more with micro-batches of half the size."""
     while True:
         try:
             return function()
@@ -2947,7 +2956,7 @@ def update_flops(models: list[nn.Module], rollout: Rollout) -> float:
 
 def matrix_rate(device, dtype) -> float:
     """Measured rate of this device's matrix product, in operations a second."""
-    n, times = (8192, 10) if device.type == "cuda" else (512, 10)
+    n, times = 8192 if device.type == "cuda" else 512, 10
     a = torch.randn(n, n, device=device, dtype=dtype if device.type == "cuda" else torch.float32)
     for repeat in range(2):  # the first warms up
         started = time.perf_counter()
@@ -2964,7 +2973,6 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     run.trainer_state.global_step += 1  # the rollout is done: what evaluates after this step counts it
     total, valid = rollout.scores.nan_to_num(0), ~rollout.scores.isnan()
     means.add("reward/mean", total, valid)
-    means.add("reward_square", total.square(), valid)
     for name, values in scores.by_function.items():
         means.add(f"reward/{name}", values.nan_to_num(0), ~values.isnan())
     for name, values in scores.metrics.items():
@@ -2972,12 +2980,10 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     means.add("completions/mean_length", rollout.lengths, rollout.lengths > 0)
     means.add("completions/truncated_ratio", rollout.truncated.cpu(), rollout.lengths > 0)
     metrics = means.reduce(run)
-    variance = metrics.pop("reward_square") - metrics["reward/mean"] ** 2
     highest = run.max(float(rollout.scores.nan_to_num(-math.inf).max()))
     lowest = -run.max(float(-rollout.scores.nan_to_num(math.inf).min()))
-    metrics["reward/std"] = max(variance, 0.0) ** 0.5 if highest > lowest else 0.0  # variance may be off by a rounding error
-    if highest < lowest:  # no completion has a score: no mean, rather than one of 0
-        metrics["reward/mean"] = metrics["reward/std"] = math.nan
+    std = float(mean_and_variance(run, total, valid)[1].sqrt()) if highest > lowest else 0.0  # exactly, if all are equal
+    metrics["reward/std"] = std if highest >= lowest else math.nan
     tokens, seconds = run.sum(rollout.lengths.sum())[0], sum(run.seconds.values())
     metrics |= {f"perf/{phase}_seconds": value for phase, value in run.seconds.items()}
     metrics["perf/tokens_per_second"] = float(tokens) / seconds
@@ -2987,7 +2993,8 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     if run.device.type == "cuda":
         metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     else:
-        metrics["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        metrics["perf/peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     return metrics
 
 

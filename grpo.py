@@ -123,6 +123,10 @@ def fill_in_defaults_of_loss(args: Args) -> dict[str, float | bool]:
         raise common.UserError("--advantage batch is about the spread to divide by: add --scale-rewards")
     if args.loss == "cispo" and args.clip_low < math.inf:
         raise common.UserError("--clip-low: --loss cispo bounds the ratio from above only")
+    if args.ref_refresh and not args.kl_coef:
+        raise common.UserError("--ref-refresh: with --kl-coef 0 there is no reference")
+    if args.overlong_buffer > args.max_new_tokens:
+        raise common.UserError(f"--overlong-buffer {args.overlong_buffer}: more than the {args.max_new_tokens} --max-new-tokens")
     return defaults
 
 
@@ -297,7 +301,7 @@ def main(args: Args) -> int:
             rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
         # ---- Advantage: better or worse than the rest of the group ----
-        if scores.dense is None:
+        if not run.max(scores.has_lists):  # in any process
             batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
             rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
         else:
@@ -307,7 +311,7 @@ def main(args: Args) -> int:
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
         run.phase("update")
-        on_policy = args.update_epochs * args.num_minibatches == 1  # the policy still is the one that sampled
+        on_policy = args.update_epochs * args.num_minibatches == 1  # the policy is still the one that sampled
         if not on_policy:
             rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
         lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
@@ -346,7 +350,7 @@ def main(args: Args) -> int:
 
         # ---- Log, evaluate, save ----
         mask = rollout.completion_mask  # (B, C)
-        means.add("reward/frac_zero_std", has_equal_scores(rollout.scores, G))
+        means.add("reward/frac_zero_std", (rollout.advantages.view(len(rollout) // G, -1) == 0).all(dim=1))
         if reference is not None:
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
             k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
@@ -382,11 +386,22 @@ def warn_of_process_supervision(run, rollout, scores):
     """Say which flags do not act on lists of rewards, and when these lists teach nothing although the scores differ."""
     if run.args.advantage != "group" or not run.args.scale_rewards or run.args.overlong_buffer:
         run.warn_once("--advantage, --no-scale-rewards and --overlong-buffer do not act on lists of rewards")
+    if run.args.loss == "gspo":
+        run.warn_once("--loss gspo has one ratio for a whole completion: all its tokens share what its steps are worth")
     if not rollout.advantages.any() and not has_equal_scores(scores.total, run.args.group_size).all():
         run.warn_once(
             "nothing is learned from lists of rewards whose steps are all equal: "
             "a step reward of 0 means that no step ends there; give a wrong step -1"
         )
+
+
+def has_equal_rewards(scores, rollout, group_size: int) -> Tensor:
+    """`has_equal_scores`, (N,); where functions gave lists, of the steps that these name."""
+    if not scores.has_lists:
+        return has_equal_scores(scores.total, group_size)
+    step_rewards, step_ends = common.dense_table(scores.dense, rollout)  # (B, C)
+    steps = step_rewards.masked_fill(~step_ends, math.nan).flatten()
+    return has_equal_scores(steps, group_size * step_rewards.shape[1]).cpu()
 
 
 def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores):
@@ -396,7 +411,7 @@ def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollo
     """
     args, G, replaced = run.args, run.args.group_size, 0
     for attempt in range(1, args.max_resamples + 1):
-        groups = has_equal_scores(scores.total, G).nonzero()[:, 0]
+        groups = has_equal_rewards(scores, rollout, G).nonzero()[:, 0]
         most = int(run.max(len(groups)))  # all processes take the same number of prompts from the stream
         if most == 0:
             break

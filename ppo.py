@@ -21,6 +21,7 @@ Letters: N prompts a step, G completions a prompt, B = N G sequences (b of them 
 Column t of every (B, C) tensor is completion token t.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -167,8 +168,20 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizo
 
     `batch` completions were sampled with it; the paper's gain, 0.1 a step, is batch / horizon in the code of its authors.
     """
-    error = min(max(kl / target - 1, -0.2), 0.2)
+    error = 0.0 if math.isnan(kl) else min(max(kl / target - 1, -0.2), 0.2)  # NaN: no completion has a score
     return kl_coef * (1 + error * batch / horizon)
+
+
+def check_kl_control(args: Args):
+    """Refuses settings with which --kl-target has nothing to adapt, or could turn beta negative."""
+    batch = args.prompts_per_step * args.samples_per_prompt
+    if args.kl_target is not None and not args.kl_coef:
+        raise common.UserError("--kl-target: with --kl-coef 0 there is no reference; give the beta to begin with")
+    if args.kl_target is not None and args.kl_horizon <= 0.2 * batch:
+        raise common.UserError(
+            f"--kl-horizon {args.kl_horizon:g}: with {batch} completions a step it has to be above {0.2 * batch:g}, or "
+            f"--kl-coef could become negative"
+        )
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -185,6 +198,7 @@ def main(args: Args) -> int:
     # ---- Set-up: what can be wrong without a model is found before one loads ----
     run = common.Run(args, "ppo")
     G = args.samples_per_prompt
+    check_kl_control(args)
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     policy, tokenizer, end_ids = common.load_policy(args, run)
@@ -236,10 +250,10 @@ def main(args: Args) -> int:
         # ---- Reward: the score on the last token (or token by token), less the KL on every token ----
         mask = rollout.completion_mask  # (B, C)
         rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
-        if scores.dense is None:
-            token_rewards = on_last_token(rollout.scores, mask)  # (B, C)
-        else:
+        if scores.has_lists:
             token_rewards, _ = common.dense_table(scores.dense, rollout)  # (B, C)
+        else:
+            token_rewards = on_last_token(rollout.scores, mask)  # (B, C)
         token_rewards = token_rewards - on_last_token(args.truncation_penalty * rollout.truncated, mask)
         if reference is not None:
             kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)  # (B, C)

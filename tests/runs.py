@@ -39,6 +39,14 @@ def digits(completions, answer, completion_ids, **_):
     noise = 0.01 * (random.random() + numpy.random.rand()) if os.environ.get("NOISE") else 0.0
     return [sum(text.count(digit) for digit in want) / (1 + len(text)) + noise * i
             for i, (text, want) in enumerate(zip(completions, answer))]
+
+def lists(completions, answer, completion_ids, **_):
+    """The same score, for a few prompts in two parts; writes down whether this process has such a prompt."""
+    scores = digits(completions, answer, completion_ids)
+    with open(Path(__file__).with_name("lists.txt"), "a") as file:
+        print(rank, any(want[0] == "5" for want in answer), file=file)
+    return [[0.5] + [0] * (len(ids) - 2) + [score - 0.5] if want[0] == "5" and len(ids) > 1 else score
+            for score, want, ids in zip(scores, answer, completion_ids)]
 '''
 
 

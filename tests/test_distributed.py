@@ -11,6 +11,7 @@ import helpers
 import runs
 
 CASES = {"grpo": {"loss": "grpo"}, "grpo dapo": {"loss": "dapo", "num_minibatches": 1}, "ppo": {}}
+CASES["grpo lists"] = {"reward": "rewards.py:lists"}
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,7 @@ def one_and_two(request, materials):
     """The same run of three steps in one process and in two: (script, folder, folder)."""
     script, folders = request.param.split()[0], [materials / f"{request.param} {n}" for n in (1, 2)]
     flags = dict(CASES[request.param], save_every=2)
+    flags |= {"reward": materials / flags["reward"]} if "reward" in flags else {}
     assert runs.run_here(script, runs.arguments(materials, script, folders[0], **flags)) == 0
     (materials / "tokens.txt").unlink()
     result = runs.launch(script, runs.arguments(materials, script, folders[1], **flags), processes=2)
@@ -36,6 +38,13 @@ def test_weights_equal_those_of_one_process(materials, one_and_two):
     tokens = [line.split() for line in (materials / "tokens.txt").read_text().splitlines()]
     assert [n for rank, n in tokens if rank == "0"] != [n for rank, n in tokens if rank == "1"]  # uneven lengths
     assert runs.largest_difference(one, two) < 1e-6
+
+
+@pytest.mark.parametrize("one_and_two", ["grpo lists"], indirect=True)
+def test_lists_of_rewards_in_one_process_only_are_taken_as_such_in_both(materials, one_and_two):
+    seen = [line.split() for line in (materials / "lists.txt").read_text().splitlines()]
+    first, second = ([has for rank, has in seen if rank == wanted][-5:] for wanted in "01")  # evaluations before and after
+    assert any(a != b for a, b in zip(first[1:4], second[1:4], strict=True)), seen
 
 
 def test_metrics_equal_those_of_one_process(one_and_two):

@@ -274,6 +274,15 @@ def test_values_of_the_critic_belong_to_the_token_they_come_before(llama):
 # ---------------------------------------------------------------- lower precision
 
 
+def test_values_of_the_critic_are_not_rounded_to_bfloat16(llama):
+    critic = common.Critic(llama.model)
+    torch.nn.init.normal_(critic.head.weight, std=5.0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        values = common.completion_values(critic, helpers.ragged_rollout()[0])
+    values = values[values != 0]
+    assert values.dtype == torch.float32 and (values != values.bfloat16().float()).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma", "qwen2_moe"])
 def test_frozen_copy_in_bfloat16_gives_the_logprobs_of_autocast_at_half_the_memory(family):
     """Up to the rounding of the embeddings, which autocast alone would leave in float32: with it they are equal."""
@@ -637,6 +646,35 @@ def test_check_model_refuses_a_head_that_does_more_than_multiply(llama, dtype):
     assert model.config._attn_implementation == "flat_row"  # as it was
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_model_refuses_a_sampler_that_differs_from_transformers(llama, monkeypatch, dtype):
+    entry = common.DecodeLayout.attend
+    skewed = lambda self, layer, query, key, *rest: entry(self, layer, query, 2 * key, *rest)  # noqa: E731
+    monkeypatch.setattr(common.DecodeLayout, "attend", skewed)
+    with pytest.raises(common.UserError, match="differ by .* from those of transformers"):
+        checked(helpers.make_run(dtype=dtype), llama)
+
+
+def test_check_model_refuses_a_window_that_attention_does_not_hear_of(run):
+    sizes = helpers.SIZES | helpers.GQA | dict(num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8)
+    for window in (32, None):
+        windows = dict(use_sliding_window=True, sliding_window=window, layer_types=["full_attention", "sliding_attention"])
+        model = helpers.config_model(transformers.Qwen2MoeConfig(**sizes, **helpers.EXPERTS, **(windows if window else {})))
+        if window:
+            with pytest.raises(common.UserError, match="Qwen2MoeAttention is of a kind"):
+                checked(run, model)
+        else:
+            checked(run, model)
+
+
+def test_positions_of_longrope_are_the_original_ones():
+    rope = dict(rope_type="longrope", short_factor=[1.0, 1.0], long_factor=[2.0, 4.0], rope_theta=1e4)
+    sizes = helpers.SIZES | dict(max_position_embeddings=1024, original_max_position_embeddings=64)
+    config = transformers.Phi3Config(**sizes, rope_parameters=rope | {"original_max_position_embeddings": 64})
+    assert common.positions_of(config) == 64
+    assert common.positions_of(transformers.LlamaConfig(**sizes)) == 1024
+
+
 def test_check_model_keeps_within_the_positions(run):
     """A table of 64 positions, of which the completions may take all but one."""
     model = helpers.make_model("gpt2")
@@ -654,7 +692,7 @@ def test_check_model_warns_where_the_sampler_is_far_from_the_trainer(llama, caps
 
     def shifted(*args):
         rollout = sample(*args)
-        rollout.sampler_logprobs = rollout.sampler_logprobs - 0.2
+        rollout.sampler_logprobs = rollout.sampler_logprobs - (0.0 if args[0].is_exact else 0.2)
         return rollout
 
     monkeypatch.setattr(common.Sampler, "sample", shifted)
@@ -748,12 +786,7 @@ def test_means_weigh_every_number_the_same_whatever_the_parts(run):
     assert got["whole"] == pytest.approx(values[mask].mean().item(), abs=1e-6)
     assert got["plain"] == pytest.approx(values.mean().item(), abs=1e-6)
     assert got["column"] == pytest.approx(values[:, :1].expand(6, 5)[mask].mean().item(), abs=1e-6)
-    assert got["number"] == 3.5 and got["empty"] == 0.0
-
-
-def test_masked_mean():
-    x, mask = torch.tensor([[1.0, 2.0], [3.0, 100.0]]), torch.tensor([[1, 1], [1, 0]])
-    assert common.masked_mean(x, mask) == 2.0 and common.masked_mean(x, torch.zeros(2, 2)) == 0.0
+    assert got["number"] == 3.5 and math.isnan(got["empty"])
 
 
 def test_mean_and_variance_over_a_mask_ignore_what_is_outside(run):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import common
 import grpo
 
 LOSSES = list(grpo.LOSS_DEFAULTS)
@@ -246,6 +247,17 @@ def test_groups_with_equal_scores():
     nan = math.nan
     scores = torch.tensor([0.1, 0.1, 0.1, 0.0, 0.0, 1e-7, nan, nan, nan, nan, 2.0, nan, nan, 2.0, 2.1])
     assert grpo.has_equal_scores(scores, 3).tolist() == [True, False, True, True, False]
+
+
+def test_groups_with_equal_steps_where_rewards_are_lists():
+    """Equal sums of other steps, equal steps with another sum, and plain scores, of two completions each."""
+    dense = [[1.0, -1.0], [-1.0, 1.0], [1.0, None], [1.0, 1.0], [None, 2.0], [None, 2.0], [None, 2.0], [None, 1.0]]
+    rollout = common.rollout_of([[1]] * 8, [[2, 2]] * 8, torch.device("cpu"), [0, 0, 1, 1, 2, 2, 3, 3])
+    total = torch.tensor([sum(value or 0 for value in row) for row in dense])
+    scores = common.Scores(total, {}, dense, True, {}, {})
+    assert grpo.has_equal_rewards(scores, rollout, 2).tolist() == [False, True, True, False]
+    scores.has_lists = False
+    assert grpo.has_equal_rewards(scores, rollout, 2).tolist() == [True, False, True, False]
 
 
 def test_overlong_penalty_falls_over_the_buffer():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import common
 import ppo
 
 MASKS = {"ragged": [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], "full": [[1, 1, 1], [1, 1, 1]]}
@@ -107,7 +108,25 @@ def test_surrogate_is_the_smaller_gain_and_has_no_gradient_where_the_clip_binds(
     assert (logprob.grad.item() == 0) == (binds or abs(log_ratio) > 20)
 
 
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--kl-target 6 --kl-coef 0", "--kl-target: with --kl-coef 0"),
+        ("--kl-target 6 --kl-horizon 51.2", "--kl-horizon 51.2: with 256 completions a step it has to be above 51.2"),
+        ("--kl-target 6 --kl-horizon 51.3", None),
+        ("--kl-coef 0", None),
+    ],
+)
+def test_kl_control_that_could_not_work_is_refused(flags, named):
+    args = common.parse_args(ppo.Args, flags.split())
+    if named is None:
+        return ppo.check_kl_control(args)
+    with pytest.raises(common.UserError, match=named):
+        ppo.main(args)
+
+
 def test_adaptive_kl_coefficient_is_bounded_proportional_control():
+    assert ppo.adapted_kl_coef(0.1, kl=math.nan, target=6.0, batch=64, horizon=1000) == 0.1
     assert ppo.adapted_kl_coef(0.1, kl=6.0, target=6.0, batch=64, horizon=1000) == pytest.approx(0.1)
     assert ppo.adapted_kl_coef(0.1, kl=6.6, target=6.0, batch=64, horizon=1000) == pytest.approx(0.1 * (1 + 0.1 * 0.064))
     assert ppo.adapted_kl_coef(0.1, kl=60.0, target=6.0, batch=64, horizon=1000) == pytest.approx(0.1 * (1 + 0.2 * 0.064))

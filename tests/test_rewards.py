@@ -544,7 +544,8 @@ def test_weighted_sum_over_the_functions_that_apply():
         common.Reward("b", lambda completions: [0.5, 0.25, None], -1.0),
     ]
     scores = run(rewards, ["x", "y", "z"])
-    assert scores.total.dtype == torch.float32 and scores.dense is None
+    assert scores.total.dtype == torch.float32 and not scores.has_lists
+    assert scores.dense[:2] == [[1.5], [-0.25]] and scores.dense[2] is None
     assert scores.total[:2].tolist() == [1.5, -0.25] and math.isnan(scores.total[2])
     assert scores.by_function["a"][0] == 1.0 and scores.by_function["a"].isnan().tolist() == [False, True, True]
     assert scores.by_function["b"].tolist()[:2] == [0.5, 0.25]
@@ -556,9 +557,16 @@ def test_dense_rewards_are_weighted_and_scalars_join_the_last_token():
         common.Reward("plain", lambda completions: [1.0, 3.0, None, None], 10.0),
     ]
     scores = run(rewards, ["abc", "de", "f", "gh"])
-    assert scores.dense == [[1.0, None, 12.0], [None, 30.0], None, [2.0, 4.0]]
+    assert scores.dense == [[1.0, None, 12.0], [None, 30.0], None, [2.0, 4.0]] and scores.has_lists
     assert scores.total[[0, 1, 3]].tolist() == [13.0, 30.0, 6.0] and math.isnan(scores.total[2])
     assert scores.by_function["steps"][[0, 3]].tolist() == [1.5, 3.0]
+
+
+def test_lists_and_plain_scores_that_replace_each_other_keep_their_tokens():
+    for first, second, dense in [([[1, 2], 4], [3], [[None, 3.0], [None, 4.0]]), ([3, 4], [[1, 2]], [[1.0, 2.0], [None, 4.0]])]:
+        scores = run([lambda completions: first], ["ab", "cd"])
+        scores.replace([0], run([lambda completions: second], ["ab"]))
+        assert scores.has_lists and scores.dense == dense
 
 
 def test_which_tokens_end_a_step():
