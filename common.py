@@ -177,6 +177,8 @@ def run_script(main, Args):
     """What `python script.py` does: what the user must mend becomes one line on standard error and exit status 2."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     script, status, store = Path(inspect.getfile(Args)).name, 0, join_processes()
     try:
         status = main(parse_args(Args))
@@ -202,7 +204,8 @@ def join_processes():
     """Under torchrun: meet the other processes, and end with status 2 once one meets an error. Returns their store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
-    dist.init_process_group(timeout=timedelta(minutes=10))  # gloo, and nccl for tensors on GPUs
+    # gloo, and nccl for tensors on GPUs. One process may write a checkpoint for long: that some have died is seen elsewhere.
+    dist.init_process_group(timeout=timedelta(days=1))
     store = dist.distributed_c10d._get_default_store()
 
     def watch(connection):
@@ -218,6 +221,14 @@ def progress(iterable, desc, **options):
     """A progress bar on a terminal; nothing where the output is a file, since `Run.log` prints lines there."""
     is_hidden = os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
     return tqdm(iterable, desc=desc, disable=is_hidden, dynamic_ncols=True, **options)
+
+
+def print_line(text):
+    """To standard output, which may be gone: a closed terminal, or a pipe to a program that the same Ctrl-C has ended."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def inner_progress(iterable, desc):
@@ -236,6 +247,15 @@ def check_new_folder(folder):
         )
     if not os.access(parents[0], os.W_OK):
         raise UserError(f"--output-dir {folder}: {parents[0]} cannot be written to")
+
+
+def make_new_folder(folder: Path) -> Path:
+    """Makes `folder`, or if it exists, of a run that began in the same second, one with a number after its name."""
+    for n in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            new = folder if n == 1 else folder.with_name(f"{folder.name}-{n}")
+            new.mkdir(parents=True)
+            return new
 
 
 def not_of_tensorboard(failure):
@@ -387,10 +407,13 @@ class Run:
         args = self.args
         model, dataset = (re.sub(r"[^\w.-]+", "-", Path(name).name) for name in (args.model, args.dataset))
         name = f"{self.script}__{model}__{dataset}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.resume or args.output_dir or Path("runs") / self.gather(name)[0])
-        if self.rank > 0:
-            return
+        self.folder = Path(args.resume or args.output_dir or Path("runs") / name)
         try:
+            if self.rank == 0 and not args.resume and not args.output_dir:
+                self.folder = make_new_folder(self.folder)
+            self.folder = self.gather(self.folder)[0]
+            if self.rank > 0:
+                return
             self.folder.mkdir(parents=True, exist_ok=True)
             if not args.resume:
                 check_new_folder(self.folder)
@@ -408,14 +431,20 @@ class Run:
 
     def catch_signals(self):
         """In the training loop the first Ctrl-C, SIGTERM or SIGHUP lets the step in hand finish; a second stops at once."""
+        process, terminals = os.getpid(), [output for output in (1, 2) if os.isatty(output)]
 
         def stop(number, frame):
+            if os.getpid() != process:  # one that a reward function has forked: it may be terminated, but Ctrl-C is for us
+                if number != signal.SIGINT:
+                    signal.signal(number, signal.SIG_DFL)
+                    os.kill(os.getpid(), number)
+                return
             if self.bar is None or self.stop_signal:
                 os._exit(128 + number)
             self.stop_signal = number
             if number == signal.SIGHUP:  # the terminal is gone, and writing to it would be an error
                 null = os.open(os.devnull, os.O_WRONLY)
-                for output in filter(os.isatty, (1, 2)):
+                for output in terminals:
                     os.dup2(null, output)
             with contextlib.suppress(RuntimeError):  # Python refuses to print in the middle of another print
                 self.say("stopping after this step, with a checkpoint; once more stops at once")
@@ -437,7 +466,7 @@ class Run:
     def say(self, text):
         if self.rank == 0:
             with tqdm.external_write_mode(file=sys.stdout):
-                print(text, flush=True)
+                print_line(text)
 
     def say_stopped(self, step) -> int:
         """How to go on after a signal; returns the exit status."""
@@ -489,7 +518,7 @@ class Run:
             self.bar.set_postfix_str(line, refresh=False)
         elif time.time() - self.last_line > 5 or step == self.args.steps:
             self.last_line = time.time()
-            print(f"step {step}/{self.args.steps} {line}", flush=True)
+            print_line(f"step {step}/{self.args.steps} {line}")
 
     def advise(self, metrics):
         """Say in plain words, once each, what the first rollout shows and what keeps a run from learning."""
@@ -530,7 +559,8 @@ class Run:
         table = [("prompt", "completion", "score", *extra), ["---"] * (3 + len(extra))]
         table += [(*row, *(str(column[i]) for column in extra.values())) for i, row in zip(chosen, rows)]
         table = [[cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row] for row in table]
-        self.writer.add_text("completions/samples", "\n".join(f"| {' | '.join(row)} |" for row in table), step)
+        text = "\n".join(f"| {' | '.join(row)} |" for row in table)
+        self.writer.add_text("completions/samples", text.encode(errors="replace").decode(), step)
         if step == self.args.steps:
             one_line = [("prompt", "completion", "score")] + [
                 (prompt[-30:].replace("\n", " "), text[:38].replace("\n", " "), score[:8]) for prompt, text, score in rows
@@ -2957,7 +2987,8 @@ def update_flops(models: list[nn.Module], rollout: Rollout) -> float:
 def matrix_rate(device, dtype) -> float:
     """Measured rate of this device's matrix product, in operations a second."""
     n, times = 8192 if device.type == "cuda" else 512, 10
-    a = torch.randn(n, n, device=device, dtype=dtype if device.type == "cuda" else torch.float32)
+    generator = torch.Generator(device).manual_seed(0)  # reward functions draw from the common one
+    a = torch.randn(n, n, device=device, dtype=dtype if device.type == "cuda" else torch.float32, generator=generator)
     for repeat in range(2):  # the first warms up
         started = time.perf_counter()
         for _ in range(times):
@@ -3007,6 +3038,7 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
     """Write `checkpoints/step-…` of the run's folder. Models as safetensors, the rest as state.pt."""
     weights = {name: gathered(run, weights_of(model)) for name, model in models.items()}
     moments = {i: gathered(run, tensors) for i, tensors in optimizer.state_dict()["state"].items()}
+    random_states = run.gather((random.getstate(), torch.get_rng_state(), numpy_random_state()))  # for reward functions
     if run.rank > 0:
         return
     folder = run.folder / "checkpoints" / f"step-{state['step']:06}"
@@ -3014,8 +3046,7 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         for name, tensors in weights.items():
             safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
         saved = {"state": state, "position": prompts.position, "optimizer": optimizer.state_dict() | {"state": moments}}
-        states = {"random": random.getstate(), "torch_random": torch.get_rng_state(), "numpy_random": numpy_random_state()}
-        torch.save(saved | states, partial / "state.pt")
+        torch.save(saved | {"random_states": random_states}, partial / "state.pt")
         digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
     # Newer ones than this were damaged when the run was resumed: they do not count.
@@ -3043,7 +3074,7 @@ def complete_or_absent(run, folder: Path, what: str):
                 os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    except Exception as error:  # of whichever library writes: tokenizers raises no more than this where a disk is full
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"--output-dir {run.folder}: {what} cannot be written: {first_line(error)}") from error
 
@@ -3092,8 +3123,8 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         raise UserError(
             f"--resume {run.args.resume}: {folder / 'state.pt'} holds code or objects, which are not loaded"
         ) from error
-    random.setstate(saved["random"]), torch.set_rng_state(saved["torch_random"])
-    numpy.random.set_state(saved["numpy_random"])
+    python, torchs, numpys = saved["random_states"][run.rank % len(saved["random_states"])]
+    random.setstate(python), torch.set_rng_state(torchs), numpy.random.set_state(numpys)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, moments in saved["optimizer"]["state"].items():
         saved["optimizer"]["state"][i] = {name: placed(x, parameters[i]) if x.dim() else x for name, x in moments.items()}

@@ -412,15 +412,18 @@ def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollo
     args, G, replaced = run.args, run.args.group_size, 0
     for attempt in range(1, args.max_resamples + 1):
         groups = has_equal_rewards(scores, rollout, G).nonzero()[:, 0]
-        most = int(run.max(len(groups)))  # all processes take the same number of prompts from the stream
-        if most == 0:
+        counts = run.gather(len(groups))  # of all processes, which take their prompts from the stream one after the other
+        first, total = sum(counts[: run.rank]), sum(counts)
+        if total == 0:
             break
-        others = run.share(prompts.next(most * run.world))[: len(groups)]
-        uniforms = run.share(run.uniforms(step, 6 + attempt, most * run.world * G, args.max_new_tokens))
+        own = slice(first, first + len(groups))
+        others = prompts.next(total)[own]
+        # Purposes 7 to 14 of the random numbers; lower ones are taken.
+        uniforms = run.uniforms(step, 6 + attempt, total, G, args.max_new_tokens)[own].flatten(0, 1)
         if len(groups) == 0:
             continue
         rows = (groups[:, None] * G + torch.arange(G)).flatten()
-        new = sampler.sample([prompt.ids for prompt in others], G, uniforms[: len(rows)])
+        new = sampler.sample([prompt.ids for prompt in others], G, uniforms)
         new_prompts, (new_texts, new_ids) = [prompt for prompt in others for _ in range(G)], common.decode(tokenizer, new)
         rollout.replace(rows, new)
         new_scores = common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout, run.trainer_state)

@@ -21,6 +21,7 @@ import os, random, signal
 from pathlib import Path
 
 import numpy
+import torch
 
 rank, world, calls = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
 act, _, at = os.environ.get("ACT", "").partition(" at call ")  # what the last process does; evaluation is a call, too
@@ -36,7 +37,7 @@ def digits(completions, answer, completion_ids, **_):
             os.kill(os.getpid(), getattr(signal, name))
     with open(Path(__file__).with_name("tokens.txt"), "a") as file:
         print(rank, sum(map(len, completion_ids)), file=file)
-    noise = 0.01 * (random.random() + numpy.random.rand()) if os.environ.get("NOISE") else 0.0
+    noise = 0.01 * (random.random() + numpy.random.rand() + torch.rand(()).item()) if os.environ.get("NOISE") else 0.0
     return [sum(text.count(digit) for digit in want) / (1 + len(text)) + noise * i
             for i, (text, want) in enumerate(zip(completions, answer))]
 

@@ -12,6 +12,7 @@ import runs
 
 CASES = {"grpo": {"loss": "grpo"}, "grpo dapo": {"loss": "dapo", "num_minibatches": 1}, "ppo": {}}
 CASES["grpo lists"] = {"reward": "rewards.py:lists"}
+CASES["grpo dynamic"] = {"dynamic_sampling": True}
 
 
 @pytest.fixture(scope="module")

@@ -157,6 +157,69 @@ def test_exit_status_and_command_of_a_real_process(materials, tmp_path):
     assert re.search(r"^stopped after step \d+; to go on: python grpo.py --resume ", said.splitlines()[-1])
 
 
+@pytest.mark.parametrize("lost", ["terminal", "pipe"])
+def test_a_run_whose_output_goes_away_saves_a_checkpoint(lost, materials, tmp_path):
+    """A terminal that is closed sends SIGHUP; Ctrl-C in `python grpo.py | tee log` ends tee as well."""
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=1000)
+    ours, theirs = os.openpty() if lost == "terminal" else os.pipe()
+    command = ["setsid", "--ctty", *runs.command("grpo", argv)] if lost == "terminal" else runs.command("grpo", argv)
+    process = subprocess.Popen(command, env=runs.environment(), stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    while b"first rollout" not in said:
+        said += os.read(ours, 4096)
+    os.close(ours)
+    if lost == "pipe":
+        process.send_signal(signal.SIGINT)
+    assert process.wait(100) == (129 if lost == "terminal" else 130)
+    assert [name.startswith("step-") for name in names(tmp_path / "run" / "checkpoints")] == [True]
+
+
+FORKING = """
+import multiprocessing, time
+def judged(completions, answer, **_):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+    child.start()
+    time.sleep(0.1)
+    child.terminate()
+    child.join()
+    assert child.exitcode == -15, child.exitcode
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_a_reward_function_may_terminate_processes_that_it_forks(materials, tmp_path, capsys):
+    (tmp_path / "forking.py").write_text(FORKING)
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", reward=f"{tmp_path / 'forking.py'}:judged", reward_timeout=20)
+    assert runs.run_here("grpo", argv) == 0
+    assert "stopping" not in capsys.readouterr().out
+
+
+def test_output_that_cannot_show_a_completion_ends_no_run(materials, tmp_path, monkeypatch):
+    """Completions of a tokenizer whose digits are Greek letters, on a terminal of ASCII."""
+    shutil.copytree(materials / "model", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    path.write_text(re.sub(r'"([0-9])"(?=:)', lambda digit: f'"{chr(0x3B1 + int(digit[1]))}"', path.read_text()))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "\u03b1\u03b2+", "answer": "\u03b3"}\n' * 12)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    flags = dict(model=tmp_path / "model", dataset=tmp_path / "prompts.jsonl", steps=1)
+    result = runs.launch("grpo", runs.arguments(materials, "grpo", tmp_path / "run", **flags))
+    assert result.returncode == 0, result.stdout
+    assert "??+" in result.stdout and result.stdout.splitlines()[-1].startswith("done steps=1")
+
+
+def test_a_second_run_of_the_same_second_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    folders = []
+    for _ in range(3):
+        run = helpers.make_run()
+        run.open_folder()
+        run.close()
+        folders.append(run.folder.name.removeprefix("grpo__tiny__addition__1__"))
+    assert folders == ["now", "now-2", "now-3"]
+
+
 def test_second_signal_stops_at_once(materials, tmp_path):
     argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=1000)
     result = runs.launch("grpo", argv, act="SIGINT and SIGINT at call 3")
