@@ -160,10 +160,12 @@ def check_args(args):
             setattr(args, f.name, by_model[args.model != "tiny"])
         given, name = getattr(args, f.name), "--" + f.name.replace("_", "-")
         for value in given if isinstance(given, list) else [given]:
+            if value == "" and f.name != "system_prompt":
+                raise UserError(f"{name} is empty")
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 continue
-            if math.isnan(value) or (math.isinf(value) and "clip" not in f.name):  # an infinite clip is none
-                raise UserError(f"{name} must be a finite number, not {value}")
+            if isinstance(value, float) and not math.isfinite(value) and ("clip" not in f.name or math.isnan(value)):
+                raise UserError(f"{name} must be a finite number, not {value}")  # but an infinite clip is none
             if at_least is not None and value < at_least:
                 raise UserError(f"{name} must be at least {at_least}, not {value}")
             if above is not None and value <= above:
@@ -238,7 +240,7 @@ def inner_progress(iterable, desc):
 
 def check_new_folder(folder):
     """Raises UserError unless `folder` is empty or can be made; makes nothing."""
-    parents = [path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists()]
+    parents = [path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(path)]
     if not parents[0].is_dir():
         raise UserError(f"--output-dir {folder}: {parents[0]} is a file")
     if parents[0] == Path(folder) and any(parents[0].iterdir()):
@@ -247,6 +249,11 @@ def check_new_folder(folder):
         )
     if not os.access(parents[0], os.W_OK):
         raise UserError(f"--output-dir {folder}: {parents[0]} cannot be written to")
+
+
+def utf8(text: str) -> str:
+    """The text with marks in place of halves of surrogate pairs, which TensorBoard cannot write."""
+    return text.encode(errors="replace").decode()
 
 
 def make_new_folder(folder: Path) -> Path:
@@ -264,13 +271,19 @@ def not_of_tensorboard(failure):
         threading.__excepthook__(failure)
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, the oldest first; what else a user may keep beside them is none."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def check_resumable(folder):
     """Raises UserError unless `folder` is that of a run which has begun, has a checkpoint and has not finished."""
-    if not (folder / "args.json").is_file():
+    if not os.path.isfile(folder / "args.json"):
         raise UserError(f"--resume {folder}: not the folder of a run (no args.json there)")
     if (folder / "final").is_dir():
         raise UserError(f"--resume {folder}: that run has finished; its model is {folder / 'final'}")
-    if not any((folder / "checkpoints").glob("step-*")):
+    if not checkpoints_of(folder):
         raise UserError(f"--resume {folder}: no checkpoint there (--save-every writes them, and Ctrl-C)")
 
 
@@ -322,7 +335,10 @@ class Run:
             )
         if self.world > 1 and name not in ("cuda", "cpu"):
             raise UserError(f"--device {name}: several processes run on cuda (one GPU each) or on cpu")
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        try:
+            device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        except RuntimeError as error:
+            raise UserError(f"--device {name}: no device is called so; take cuda, cuda:1, mps or cpu") from error
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {device}: there are only {torch.cuda.device_count()} GPUs here, one a process")
         if device.type == "cuda":
@@ -417,7 +433,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not args.resume:
                 check_new_folder(self.folder)
-                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+                with open(self.folder / "args.json", "x") as file:  # fails where another run has just begun there
+                    json.dump(dataclasses.asdict(args), file, indent=2)
             while any(self.folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
                 time.sleep(0.05)  # TensorBoard reads the files by name, second by second: this one has to come last
             self.writer = SummaryWriter(self.folder, purge_step=resumed_at + 1 if resumed_at else None)
@@ -425,7 +442,7 @@ class Run:
         except OSError as error:
             raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
         rows = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(args).items())
-        self.writer.add_text("arguments", f"| flag | value |\n|---|---|\n{rows}", resumed_at)
+        self.writer.add_text("arguments", utf8(f"| flag | value |\n|---|---|\n{rows}"), resumed_at)
 
     # ---- signals ----
 
@@ -504,7 +521,7 @@ class Run:
             return
         try:
             for name, value in metrics.items():
-                self.writer.add_scalar(name, float(value), step)
+                self.writer.add_scalar(utf8(name), float(value), step)
             self.writer.flush()  # what a checkpoint follows must not be lost with a process that is killed
         except OSError as error:
             raise UserError(
@@ -560,7 +577,7 @@ class Run:
         table += [(*row, *(str(column[i]) for column in extra.values())) for i, row in zip(chosen, rows)]
         table = [[cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row] for row in table]
         text = "\n".join(f"| {' | '.join(row)} |" for row in table)
-        self.writer.add_text("completions/samples", text.encode(errors="replace").decode(), step)
+        self.writer.add_text("completions/samples", utf8(text), step)
         if step == self.args.steps:
             one_line = [("prompt", "completion", "score")] + [
                 (prompt[-30:].replace("\n", " "), text[:38].replace("\n", " "), score[:8]) for prompt, text, score in rows
@@ -1502,16 +1519,20 @@ def load_policy(args, run):
     policy = load_model(AutoModelForCausalLM, args.model, "--model", args).to(run.device)
     sources = (tokenizer, policy.config, policy.config.get_text_config(), policy.generation_config)
     ends = [getattr(source, "eos_token_id", None) for source in sources]
-    ends = {i for end in ends for i in (end if isinstance(end, list) else [end])} - {None}
+    ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
     if not ends:
         raise UserError(
             f"--model {args.model}: neither its tokenizer nor its generation_config names an end token (eos_token)"
         )
-    if not all(isinstance(i, int) for i in ends):
-        raise UserError(f"--model {args.model}: an eos_token_id of its configs is no number: {', '.join(map(repr, ends))}")
+    vocabulary = policy.config.get_text_config().vocab_size
+    if wrong := [i for i in ends if type(i) is not int]:
+        raise UserError(f"--model {args.model}: an eos_token_id of its configs is no number: {wrong[0]!r}")
+    known = {i for i in ends if 0 <= i < vocabulary}
+    if not known:
+        raise UserError(f"--model {args.model}: its end token {ends[0]} is none of its {vocabulary} tokens")
     if args.gradient_checkpointing:
         checkpoint_layers(policy)
-    return policy, tokenizer, ends
+    return policy, tokenizer, known
 
 
 def checkpoint_layers(model):
@@ -1519,9 +1540,6 @@ def checkpoint_layers(model):
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.disable_input_require_grads()  # which only the other kind of checkpointing needs: a hook, so no `TiedWeight`
-
-
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, safetensors.SafetensorError)
 
 
 def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention="flat_row"):
@@ -1532,7 +1550,9 @@ def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention
         config = AutoConfig.from_pretrained(name, **options)
         options |= {"config": without_noise(config), "dtype": dtype, "attn_implementation": attention}
         model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    except LOAD_ERRORS as error:
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers checks little of what stands in a config: anything may come of it
         raise UserError(f"{flag_name} {name}: cannot be loaded: {why_not_loaded(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{flag_name} {name}: weights of a {type(model).__name__} are missing: {', '.join(missing[:3])}")
@@ -1544,7 +1564,7 @@ def load_tokenizer(name, flag_name, args):
     find_hub(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except LOAD_ERRORS as error:
+    except Exception as error:
         raise UserError(f"{flag_name} {name}: no tokenizer could be loaded: {why_not_loaded(error)}") from error
 
 
@@ -1566,7 +1586,7 @@ def why_not_loaded(error):
         return "its family keeps to attention of its own, which this project does not run"
     if "trust_remote_code" in str(error):
         return "it comes with code of its own; --trust-remote-code lets that run on this machine"
-    return first_line(error)
+    return first_line(error) if isinstance(error, (OSError, ValueError, RuntimeError)) else one_line(error)
 
 
 def first_line(error):
@@ -1905,10 +1925,11 @@ def load_rows(dataset: str, split: str, prompt_column: str = "prompt", answer_co
                 f"name the right one with --prompt-column"
             )
         check_prompt(row[prompt_column], place)
+        answer = row.get(answer_column)
         row = Row(row, prompt=row[prompt_column])
         row.place = place
         if answer_column != "answer":
-            row["answer"] = row.get(answer_column)
+            row["answer"] = answer
         rows.append(row)
     if not rows:
         raise UserError(f"{dataset} holds no prompts")
@@ -2015,6 +2036,7 @@ def tokenize_prompts(
     texts = [with_system_prompt(row["prompt"], system_prompt) for row in rows]
     if any(map(begins_with_system, texts)) and not shows_system_message(tokenizer):
         texts = [system_in_user_turn(text) for text in texts]
+    check_roles([(row, text) for row, text in zip(rows, texts) if isinstance(text, list)], tokenizer)
     plain_ids = iter(text_ids([text for text in texts if isinstance(text, str)], tokenizer))
     prompts = []
     for row, prompt in zip(rows, texts):
@@ -2025,7 +2047,7 @@ def tokenize_prompts(
     kept = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_tokens]
     if not kept:
         raise UserError(
-            f"every prompt is longer than --max-prompt-tokens {max_prompt_tokens}; "
+            f"all {len(prompts)} prompts to train or evaluate on are longer than --max-prompt-tokens {max_prompt_tokens}; "
             f"the shortest has {min(len(prompt.ids) for prompt in prompts)} tokens"
         )
     return kept, len(prompts) - len(kept)
@@ -2059,6 +2081,19 @@ def system_in_user_turn(prompt: str | list[dict]) -> str | list[dict]:
         return prompt
     system, user, *rest = prompt
     return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def check_roles(chats: list[tuple[dict, list[dict]]], tokenizer):
+    """Raises UserError for a role whose messages the chat template leaves out; looks at the first message of each."""
+    seen = set()
+    for row, chat in chats:
+        for i, message in enumerate(chat):
+            if message["role"] not in seen:
+                seen.add(message["role"])
+                longer = [*chat[:i], message | {"content": message["content"] + " and so on"}, *chat[i + 1 :]]
+                if chat_ids(longer, tokenizer) == chat_ids(chat, tokenizer):
+                    place = getattr(row, "place", "a prompt")
+                    raise UserError(f"{place}: the chat template leaves out messages of the role {message['role']!r}")
 
 
 def chat_ids(chat: list[dict], tokenizer) -> list[int]:
@@ -2150,6 +2185,8 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     has_system = system_prompt or any(map(begins_with_system, given))
     if has_system and tokenizer.chat_template and not shows_system_message(tokenizer):
         run.say("the chat template has no place for a system message: it goes in front of the user's text")
+    if args.model == "tiny" and any(set(str(prompt)) - set("0123456789+=") for prompt in given):
+        run.warn("--model tiny reads digits, + and = only: whatever else the prompts hold is one unknown token to it")
     has_text = system_prompt is None and any(isinstance(prompt, str) for prompt in given)
     run.leaves_template_unused = has_text and bool(tokenizer.chat_template)
     if run.leaves_template_unused:
@@ -2537,7 +2574,8 @@ def import_file(path: str):
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with left_as_found():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # SystemExit would end the run with the file's status
         syntax = isinstance(error, SyntaxError)
         place = f"{error.filename}:{error.lineno}" if syntax else raised_at(error, path)
@@ -2643,6 +2681,8 @@ def score(
     weights = {reward.name: reward.weight for reward in rewards}
     weighted = torch.stack([weights[name] * values for name, values in by_function.items()])  # (functions, B)
     total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), math.nan)
+    if total.isinf().any():
+        raise UserError("a sum of the scores, each times its weight, is infinite; look at --reward-weights")
     has_lists = any(isinstance(value, list) for values in returned.values() for value in values)
     return Scores(total, by_function, dense_scores(weights, returned, completion_ids), has_lists, metrics, extra)
 
@@ -2677,7 +2717,7 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
     inputs = {name: copied(value) for name, value in inputs.items()}
 
     try:
-        with time_limit(timeout):
+        with left_as_found(), time_limit(timeout):
             result = reward.function(**inputs)
             return event_loop().run_until_complete(result) if inspect.isawaitable(result) else result
     except RewardTimeout:
@@ -2689,6 +2729,18 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
         place = raised_at(error, getattr(module, "__file__", None))
         called = f"called with {len(completions)} completions, the first: {completion_text(completions[0])[:40]!r}"
         raise UserError(f"reward {reward.name} raised {one_line(error)} at {place}, {called}") from error
+
+
+@contextlib.contextmanager
+def left_as_found():
+    """Puts back what a reward file may change for the whole process: the working folder, and whether torch keeps gradients."""
+    folder, has_gradients = os.open(".", os.O_RDONLY), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        os.fchdir(folder)
+        os.close(folder)
+        torch.set_grad_enabled(has_gradients)
 
 
 @functools.cache
@@ -3050,7 +3102,8 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
     # Newer ones than this were damaged when the run was resumed: they do not count.
-    older = sorted(path for path in folder.parent.glob("step-*") if path.name <= folder.name)
+    older = checkpoints_of(run.folder)
+    older = older[: older.index(folder) + 1]
     for path in [*older[: -run.args.keep_checkpoints], *folder.parent.glob(".*.partial")]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -3136,7 +3189,7 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
 
 def newest_checkpoint(run, files: list[str]) -> Path:
     """The newest checkpoint of --resume whose `files` are what was written; says which ones are damaged."""
-    for folder in sorted((Path(run.args.resume) / "checkpoints").glob("step-*"), reverse=True):
+    for folder in reversed(checkpoints_of(Path(run.args.resume))):
         try:
             digests = json.loads((folder / "manifest.json").read_text())
             for name in files:

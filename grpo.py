@@ -54,7 +54,7 @@ class Args:
     group_size: int = flag(8, "G, completions of each prompt", at_least=2)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
     max_new_tokens: int = flag(tiny=5, real=512, help="C at most", at_least=1)
-    temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
+    temperature: float = flag(1.0, "of sampling, and of all log-probs", at_least=1e-3)
     # Algorithm
     loss: str = flag("grpo", "which of the family", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
     advantage: str = flag(

@@ -52,7 +52,7 @@ class Args:
     samples_per_prompt: int = flag(1, "G, completions of each prompt", at_least=1)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
     max_new_tokens: int = flag(tiny=5, real=512, help="C at most", at_least=1)
-    temperature: float = flag(1.0, "of sampling, and of all log-probs", above=0)
+    temperature: float = flag(1.0, "of sampling, and of all log-probs", at_least=1e-3)
     # Algorithm
     baseline: str = flag("critic", "subtracted from the return: the critic's value, or nothing", choices=["critic", "none"])
     gamma: float = flag(1.0, "discount of later rewards", at_least=0, at_most=1)
@@ -172,16 +172,16 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizo
     return kl_coef * (1 + error * batch / horizon)
 
 
-def check_kl_control(args: Args):
-    """Refuses settings with which --kl-target has nothing to adapt, or could turn beta negative."""
+def check_flags(args: Args):
+    """Refuses flags that would do nothing, and a --kl-horizon with which beta could become negative."""
+    if args.critic_model and args.baseline == "none":
+        raise common.UserError("--critic-model: with --baseline none there is no critic")
     batch = args.prompts_per_step * args.samples_per_prompt
     if args.kl_target is not None and not args.kl_coef:
         raise common.UserError("--kl-target: with --kl-coef 0 there is no reference; give the beta to begin with")
     if args.kl_target is not None and args.kl_horizon <= 0.2 * batch:
-        raise common.UserError(
-            f"--kl-horizon {args.kl_horizon:g}: with {batch} completions a step it has to be above {0.2 * batch:g}, or "
-            f"--kl-coef could become negative"
-        )
+        needed = f"with {batch} completions a step it has to be above {0.2 * batch:g}"
+        raise common.UserError(f"--kl-horizon {args.kl_horizon:g}: {needed}, or --kl-coef could become negative")
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -198,7 +198,7 @@ def main(args: Args) -> int:
     # ---- Set-up: what can be wrong without a model is found before one loads ----
     run = common.Run(args, "ppo")
     G = args.samples_per_prompt
-    check_kl_control(args)
+    check_flags(args)
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     policy, tokenizer, end_ids = common.load_policy(args, run)

@@ -113,6 +113,18 @@ def test_end_tokens_may_be_a_list_in_the_config_but_have_to_be_numbers(tmp_path,
         train(grpo, tmp_path / "again", *flags)
 
 
+def test_end_tokens_that_the_vocabulary_lacks_count_for_nothing(tmp_path, texts, reward_file, capsys):
+    model, flags = save_model(tmp_path / "model"), ["--dataset", texts, "--reward", f"{reward_file}:many_b"]
+    save_tokenizer(tmp_path / "model")  # names no end token
+    (tmp_path / "model/generation_config.json").unlink()
+    edit_config(model, eos_token_id=[29, 4])
+    train(grpo, tmp_path, "--model", model, *flags)
+    assert "end tokens: 4 '<other-end>'; " in capsys.readouterr().out
+    edit_config(model, eos_token_id=29)
+    with pytest.raises(common.UserError, match="its end token 29 is none of its 29 tokens"):
+        train(grpo, tmp_path / "again", "--model", model, *flags)
+
+
 @pytest.mark.parametrize("script", [grpo, ppo])
 def test_a_model_with_a_vision_tower_trains_on_text(script, tmp_path, texts, reward_file, capsys):
     """Its end tokens and hidden size stand in the config of its text part."""

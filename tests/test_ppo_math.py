@@ -115,12 +115,13 @@ def test_surrogate_is_the_smaller_gain_and_has_no_gradient_where_the_clip_binds(
         ("--kl-target 6 --kl-horizon 51.2", "--kl-horizon 51.2: with 256 completions a step it has to be above 51.2"),
         ("--kl-target 6 --kl-horizon 51.3", None),
         ("--kl-coef 0", None),
+        ("--baseline none --critic-model x", "--critic-model: with --baseline none"),
     ],
 )
 def test_kl_control_that_could_not_work_is_refused(flags, named):
     args = common.parse_args(ppo.Args, flags.split())
     if named is None:
-        return ppo.check_kl_control(args)
+        return ppo.check_flags(args)
     with pytest.raises(common.UserError, match=named):
         ppo.main(args)
 

@@ -261,6 +261,20 @@ def test_what_becomes_of_the_chat_template_is_said(capsys):
         assert unused not in quiet and no_place not in quiet and "--system-prompt" not in quiet
 
 
+def test_a_role_that_the_template_leaves_out_is_refused_by_its_place(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": CHAT}, {"prompt": [{"role": "human", "content": "what"}]})
+    rows, knowing = common.load_rows(path, "train"), "{% if m.role in ['system', 'user', 'assistant'] %}<{{ m.role"
+    tokenizer = make_tokenizer(template=TEMPLATE.replace("<{{ m.role", knowing, 1).replace("{% endfor", "{% endif %}{% endfor", 1))
+    with pytest.raises(common.UserError, match="a.jsonl:2: the chat template leaves out messages of the role 'human'"):
+        common.tokenize_prompts(rows, tokenizer, None, 100)
+    assert common.tokenize_prompts(rows, make_tokenizer(template=TEMPLATE), None, 100)[1] == 0
+
+
+def test_columns_may_change_places(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": "a"})
+    assert common.load_rows(path, "train", "answer", "prompt") == [{"prompt": "a", "answer": "p"}]
+
+
 def test_prompt_carries_what_reward_functions_receive():
     tokenizer = make_tokenizer(template=TEMPLATE)
     rows = [{"prompt": "hi", "answer": "x", "level": 2}]

@@ -220,6 +220,16 @@ def test_a_second_run_of_the_same_second_has_a_folder_of_its_own(tmp_path, monke
     assert folders == ["now", "now-2", "now-3"]
 
 
+def test_what_a_user_keeps_beside_the_checkpoints_is_left_alone(stopped):
+    folder = stopped / "checkpoints"
+    kept = [folder / name for name in ("step-000004-best", "step-best")]
+    for copy in kept:
+        shutil.copytree(folder / names(folder)[-1], copy)
+    assert [path.name for path in common.checkpoints_of(stopped)] == ["step-000002", "step-000004"]
+    assert runs.run_here("grpo", ["--resume", str(stopped), "--keep-checkpoints", "1", "--save-every", "1"]) == 0
+    assert all(copy.is_dir() for copy in kept) and [path.name for path in common.checkpoints_of(stopped)] == ["step-000005"]
+
+
 def test_second_signal_stops_at_once(materials, tmp_path):
     argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=1000)
     result = runs.launch("grpo", argv, act="SIGINT and SIGINT at call 3")

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import signal
 import textwrap
 import threading
@@ -690,6 +691,24 @@ def test_time_limit_reaches_async_functions():
 
     with pytest.raises(common.UserError, match="--reward-timeout"):
         run([sleepy], ["a"], timeout=0.1)
+
+
+def test_what_a_reward_file_changes_for_the_process_is_put_back(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "import os, tempfile, torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\n"
+        "def moves(completions):\n    with tempfile.TemporaryDirectory() as folder:\n        os.chdir(folder)\n"
+        "        torch.set_grad_enabled(False)\n        return [1.0] * len(completions)\n"
+    )
+    before = os.getcwd()
+    rewards = common.load_rewards([f"{tmp_path / 'a.py'}:moves"], None)
+    assert os.getcwd() == before and torch.is_grad_enabled()
+    assert run(rewards, ["a"]).total.tolist() == [1.0]
+    assert os.getcwd() == before and torch.is_grad_enabled()
+
+
+def test_a_sum_of_scores_that_overflows_is_an_error():
+    with pytest.raises(common.UserError, match="--reward-weights"):
+        run([common.Reward("f", lambda completions: [3e38, 0.0], 10.0)], ["a", "b"])
 
 
 def test_time_limit_comes_again_where_clean_up_does_not_end():
