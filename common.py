@@ -1,7 +1,7 @@
 """Helpers of ppo.py and grpo.py: everything that carries no algorithm. Reading the scripts does not need this file.
 
 Sections: run set-up · rollouts and the flat row · log-probabilities and values · sampling · models and tokenizers ·
-prompts · rewards · evaluation and statistics · checkpoints
+prompts · rewards · evaluation · micro-batches and optimiser steps · statistics · checkpoints
 """
 
 import argparse
@@ -2812,7 +2812,7 @@ def plain(value: Any) -> Any:
 
 
 # =============================================================================
-# Evaluation and statistics
+# Evaluation
 # =============================================================================
 
 
@@ -2864,25 +2864,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-class Means:
-    """Means of named numbers over all micro-batches and processes, NaN for a mean of none; sums stay on the device until
-    they are asked for."""
-
-    def __init__(self):
-        self.sums = defaultdict(lambda: 0.0)  # name -> (sum, count)
-
-    def add(self, name: str, x, mask: Tensor | None = None):
-        """Count the numbers x (those under the mask, of the same shape), each with the same weight."""
-        x = torch.as_tensor(x, dtype=torch.float32).detach()
-        mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-        self.sums[name] = self.sums[name] + torch.stack([torch.where(mask, x, 0.0).sum(), mask.sum()])
-
-    def reduce(self, run) -> dict[str, float]:
-        sums = {name: pair.tolist() for name, pair in self.sums.items()}
-        parts = run.gather(sums)
-        names = dict.fromkeys(name for part in parts for name in part)
-        sums = {name: [sum(part.get(name, (0, 0))[i] for part in parts) for i in (0, 1)] for name in names}
-        return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
+# =============================================================================
+# Micro-batches and optimiser steps
+# =============================================================================
 
 
 def micro_batches(rollout: Rollout, budget: int) -> list[Tensor]:
@@ -3000,6 +2984,32 @@ def old_logprobs(run, sampler, policy, rollout: Rollout) -> Tensor:
 def values_without_gradient(run, critic: Critic, rollout: Rollout) -> Tensor:
     """`completion_values` of a whole rollout: (B, C)."""
     return in_micro_batches(run, lambda batch: completion_values(critic, batch), rollout)
+
+
+# =============================================================================
+# Statistics
+# =============================================================================
+
+
+class Means:
+    """Means of named numbers over all micro-batches and processes, NaN for a mean of none; sums stay on the device until
+    they are asked for."""
+
+    def __init__(self):
+        self.sums = defaultdict(lambda: 0.0)  # name -> (sum, count)
+
+    def add(self, name: str, x, mask: Tensor | None = None):
+        """Count the numbers x (those under the mask, of the same shape), each with the same weight."""
+        x = torch.as_tensor(x, dtype=torch.float32).detach()
+        mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        self.sums[name] = self.sums[name] + torch.stack([torch.where(mask, x, 0.0).sum(), mask.sum()])
+
+    def reduce(self, run) -> dict[str, float]:
+        sums = {name: pair.tolist() for name, pair in self.sums.items()}
+        parts = run.gather(sums)
+        names = dict.fromkeys(name for part in parts for name in part)
+        sums = {name: [sum(part.get(name, (0, 0))[i] for part in parts) for i in (0, 1)] for name in names}
+        return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
 
 
 def mean_and_variance(run, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

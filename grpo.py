@@ -15,7 +15,7 @@ Where this differs from the papers:
  1. Standard deviations are sample ones (divided by G - 1), as in TRL and verl, and have 1e-4 added.
  2. With one update a rollout the old policy is the current one: no pass is made for its log-probs, and a sampler in
     float32 has the current ones, too, so that only their gradient is computed.
- 3. --kl-coef is 0.001 (DeepSeekMath: 0.04), also with the losses whose papers drop the KL (Dr. GRPO, DAPO): 0 does.
+ 3. --kl-coef is 0.001 (DeepSeekMath: 0.04), also with the losses whose papers drop the KL (Dr. GRPO, DAPO); --kl-coef 0 does.
  4. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
  5. The learning rate decays linearly to 0.
 
@@ -44,16 +44,18 @@ class Args:
     system_prompt: str | None = flag(help="put before every prompt, through the chat template")
     trust_remote_code: bool = flag(False, "let a hub model run its own code on this machine")
     # Reward
-    reward: list[str] = flag([], "exact, gsm8k, countdown, format, or file.py:function; may be repeated")
-    reward_weights: list[float] = flag([], "one number for each --reward")
-    reward_model: str | None = flag(help="a sequence-classification model, added to the rewards")
+    reward: list[str] = flag(
+        [], "exact, gsm8k, countdown, format, or file.py:function; may be repeated (default: gsm8k for gsm8k, else exact)"
+    )
+    reward_weights: list[float] = flag([], "a number for each --reward, then one for --reward-model (default: 1 each)")
+    reward_model: str | None = flag(help="a sequence-classification model, beside --reward or, where none is given, alone")
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
     # Sampling
     steps: int = flag(tiny=300, real=500, help="rollouts", at_least=1)
     prompts_per_step: int = flag(32, "N, over all processes", at_least=1)
     group_size: int = flag(8, "G, completions of each prompt", at_least=2)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
-    max_new_tokens: int = flag(tiny=5, real=512, help="C at most", at_least=1)
+    max_new_tokens: int = flag(tiny=5, real=512, help="C, tokens of a completion, at most", at_least=1)
     temperature: float = flag(1.0, "of sampling, and of all log-probs", at_least=1e-3)
     # Algorithm
     loss: str = flag("grpo", "which of the family", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
@@ -310,10 +312,10 @@ def main(args: Args) -> int:
             warn_of_process_supervision(run, rollout, scores)
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
-        run.phase("update")
         on_policy = args.update_epochs * args.num_minibatches == 1  # the policy is still the one that sampled
         if not on_policy:
             rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
+        run.phase("update")
         lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
         common.set_learning_rate(optimizer, lr_share)
         for epoch in range(args.update_epochs):
@@ -324,7 +326,8 @@ def main(args: Args) -> int:
 
                 def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch
                     mask = batch.completion_mask  # (b, C)
-                    logprobs, entropy = common.completion_logprobs(  # is_exact: it samples in float32
+                    # A sampler in float32 (is_exact) has seen these log-probs already: only their gradient is computed then.
+                    logprobs, entropy = common.completion_logprobs(
                         policy, batch, args.temperature, with_entropy=True, from_sampler=on_policy and sampler.is_exact
                     )
                     old_logprobs = logprobs.detach() if on_policy else batch.old_logprobs  # (b, C)

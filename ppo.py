@@ -42,16 +42,18 @@ class Args:
     system_prompt: str | None = flag(help="put before every prompt, through the chat template")
     trust_remote_code: bool = flag(False, "let a hub model run its own code on this machine")
     # Reward
-    reward: list[str] = flag([], "exact, gsm8k, countdown, format, or file.py:function; may be repeated")
-    reward_weights: list[float] = flag([], "one number for each --reward")
-    reward_model: str | None = flag(help="a sequence-classification model, added to the rewards")
+    reward: list[str] = flag(
+        [], "exact, gsm8k, countdown, format, or file.py:function; may be repeated (default: gsm8k for gsm8k, else exact)"
+    )
+    reward_weights: list[float] = flag([], "a number for each --reward, then one for --reward-model (default: 1 each)")
+    reward_model: str | None = flag(help="a sequence-classification model, beside --reward or, where none is given, alone")
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
     # Sampling
     steps: int = flag(tiny=220, real=500, help="rollouts", at_least=1)
     prompts_per_step: int = flag(256, "N, over all processes", at_least=1)
     samples_per_prompt: int = flag(1, "G, completions of each prompt", at_least=1)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
-    max_new_tokens: int = flag(tiny=5, real=512, help="C at most", at_least=1)
+    max_new_tokens: int = flag(tiny=5, real=512, help="C, tokens of a completion, at most", at_least=1)
     temperature: float = flag(1.0, "of sampling, and of all log-probs", at_least=1e-3)
     # Algorithm
     baseline: str = flag("critic", "subtracted from the return: the critic's value, or nothing", choices=["critic", "none"])
@@ -60,8 +62,8 @@ class Args:
     whiten_advantages: bool | None = flag(
         tiny=False, real=True, help="to mean 0 and variance 1 in each rollout, with a critic"
     )
-    clip_low: float = flag(0.2, "the ratio counts from 1 - this; inf: no clip", at_least=0)
-    clip_high: float = flag(0.2, "the ratio counts up to 1 + this; inf: no clip", at_least=0)
+    clip_low: float = flag(0.2, "ratios count from 1 - this; inf: no clip", at_least=0)
+    clip_high: float = flag(0.2, "ratios count up to 1 + this; inf: no clip", at_least=0)
     value_clip: float = flag(0.2, "values may leave the rollout's by this much; inf: no clip", above=0)
     value_coef: float = flag(1.0, "weight of the value loss", above=0)
     kl_coef: float = flag(
