@@ -206,7 +206,8 @@ def join_processes():
     """Under torchrun: meet the other processes, and end with status 2 once one meets an error. Returns their store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
-    # gloo, and nccl for tensors on GPUs. One process may write a checkpoint for long: that some have died is seen elsewhere.
+    # gloo, and nccl for tensors on GPUs. A day, since the others wait while one writes a checkpoint or scores its answers;
+    # a process that dies is noticed by torchrun and by the thread below.
     dist.init_process_group(timeout=timedelta(days=1))
     store = dist.distributed_c10d._get_default_store()
 
@@ -1803,7 +1804,7 @@ def warm_start(model, tokenizer, run, target=0.22, batch_size=64, max_steps=1000
 def check_model(run, model, sampler, tokenizer):
     """Compare log-probs of sampler, trainer and transformers' own attention on random tokens, and say what was found.
 
-    Raises UserError for a model family that the flat row cannot run, or for which it gives other log-probs than transformers.
+    Raises UserError for a model family that this project cannot run, or to which it gives other log-probs than transformers.
     """
     name = f"--model {run.args.model}: {type(model).__name__}"
     try:
@@ -1859,7 +1860,7 @@ def logprob_gaps(run, model, sampler) -> tuple[float, float]:
 def positions_of(config) -> int | None:
     """How many tokens a text config has positions for; None: no bound is known (XLNet's -1 is none).
 
-    With longrope (Phi-3, Phi-4-mini) the original number: a sequence that is longer changes the positions of its neighbours.
+    With longrope (Phi-3, Phi-4-mini) the original number: a longer sequence changes the positions of its neighbours.
     """
     positions, rope = getattr(config, "max_position_embeddings", None) or 0, getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
@@ -2733,7 +2734,7 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
 
 @contextlib.contextmanager
 def left_as_found():
-    """Puts back what a reward file may change for the whole process: the working folder, and whether torch keeps gradients."""
+    """Puts back what a reward file may change for the whole process: the working folder, and torch's grad mode."""
     folder, has_gradients = os.open(".", os.O_RDONLY), torch.is_grad_enabled()
     try:
         yield
@@ -2914,7 +2915,7 @@ def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
         return with_less_memory(run, whole)
 
 
-def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer, means: Means | None = None):
+def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer, means: "Means | None" = None):
     """Gradients of the sum of `loss_of(micro_batch)` over all micro-batches of `rollout`; `means`: what it adds to."""
     means = means or Means()
     before = means.sums.copy()

@@ -15,7 +15,8 @@ Where this differs from the papers:
  1. Standard deviations are sample ones (divided by G - 1), as in TRL and verl, and have 1e-4 added.
  2. With one update a rollout the old policy is the current one: no pass is made for its log-probs, and a sampler in
     float32 has the current ones, too, so that only their gradient is computed.
- 3. --kl-coef is 0.001 (DeepSeekMath: 0.04), also with the losses whose papers drop the KL (Dr. GRPO, DAPO); --kl-coef 0 does.
+ 3. --kl-coef is 0.001 (DeepSeekMath: 0.04), also with the losses whose papers drop the KL (Dr. GRPO, DAPO), as
+    --kl-coef 0 does.
  4. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
  5. The learning rate decays linearly to 0.
 
@@ -128,7 +129,7 @@ def fill_in_defaults_of_loss(args: Args) -> dict[str, float | bool]:
     if args.ref_refresh and not args.kl_coef:
         raise common.UserError("--ref-refresh: with --kl-coef 0 there is no reference")
     if args.overlong_buffer > args.max_new_tokens:
-        raise common.UserError(f"--overlong-buffer {args.overlong_buffer}: more than the {args.max_new_tokens} --max-new-tokens")
+        raise common.UserError(f"--overlong-buffer {args.overlong_buffer}: more than --max-new-tokens {args.max_new_tokens}")
     return defaults
 
 
@@ -326,7 +327,7 @@ def main(args: Args) -> int:
 
                 def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch
                     mask = batch.completion_mask  # (b, C)
-                    # A sampler in float32 (is_exact) has seen these log-probs already: only their gradient is computed then.
+                    # A sampler in float32 (is_exact) has seen these log-probs already: then only their gradient is made.
                     logprobs, entropy = common.completion_logprobs(
                         policy, batch, args.temperature, with_entropy=True, from_sampler=on_policy and sampler.is_exact
                     )

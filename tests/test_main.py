@@ -564,7 +564,7 @@ BAD_INPUT = {
     "--dataset nosuch/nosuch": "nosuch/nosuch",
     "--eval-dataset nosuch.jsonl": "nosuch.jsonl",
     "--ref-refresh 2 --kl-coef 0": "--ref-refresh: with --kl-coef 0",
-    "--overlong-buffer 6": "--overlong-buffer 6: more than the 5 --max-new-tokens",
+    "--overlong-buffer 6": "--overlong-buffer 6: more than --max-new-tokens 5",
     "--resume nosuch": "nosuch",
     "--resume full": "full",
     "--output-dir full": "--output-dir full: not empty",
