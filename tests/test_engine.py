@@ -789,6 +789,23 @@ def test_means_weigh_every_number_the_same_whatever_the_parts(run):
     assert got["number"] == 3.5 and math.isnan(got["empty"])
 
 
+def test_metrics_of_scores_far_from_0_of_equal_ones_and_of_none(run):
+    rollout = common.rollout_of([[2, 3]] * 64, [[3, 1]] * 64, torch.device("cpu"))
+    run.matrix_rate, none = 1.0, torch.full((64,), math.nan)
+
+    def metrics(scores):
+        run.seconds, rollout.scores = {"rollout": 1.0, "update": 1.0}, scores
+        by_function = {"all": scores, "never": none}
+        return common.step_metrics(run, rollout, common.Scores(scores, by_function, [], False, {}, {}), common.Means(), [])
+
+    spread = 1000 + 0.01 * torch.randn(64)
+    got = metrics(spread)
+    assert got["reward/std"] == pytest.approx(spread.double().std().item(), rel=0.01)
+    assert got["reward/all"] == pytest.approx(1000, abs=0.1) and math.isnan(got["reward/never"])
+    assert metrics(torch.full((64,), 0.1))["reward/std"] == 0.0
+    assert math.isnan(metrics(none)["reward/std"]) and math.isnan(metrics(none)["reward/mean"])
+
+
 def test_mean_and_variance_over_a_mask_ignore_what_is_outside(run):
     x, mask = torch.randn(4, 5), torch.rand(4, 5) < 0.6
     want = x[mask].double()
