@@ -115,11 +115,16 @@ LOSS_DEFAULTS = {  # clip_low, clip_high, scale_rewards: from the paper of each;
 
 
 def fill_in_defaults_of_loss(args: Args) -> dict[str, float | bool]:
-    """Set what --loss decides where no flag does, and return it; refuses flags that would do nothing."""
+    """Set what --loss decides where no flag does, and return it."""
     defaults = dict(zip(("clip_low", "clip_high", "scale_rewards"), LOSS_DEFAULTS[args.loss]))
     defaults["scale_rewards"] &= args.advantage != "rloo"
     defaults = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     vars(args).update(defaults)
+    return defaults
+
+
+def check_flags(args: Args):
+    """Refuses flags that would do nothing, or would cost every completion a penalty."""
     if args.advantage == "rloo" and args.scale_rewards:
         raise common.UserError("--scale-rewards: --advantage rloo divides by no spread")
     if args.advantage == "batch" and not args.scale_rewards:
@@ -130,7 +135,6 @@ def fill_in_defaults_of_loss(args: Args) -> dict[str, float | bool]:
         raise common.UserError("--ref-refresh: with --kl-coef 0 there is no reference")
     if args.overlong_buffer > args.max_new_tokens:
         raise common.UserError(f"--overlong-buffer {args.overlong_buffer}: more than --max-new-tokens {args.max_new_tokens}")
-    return defaults
 
 
 # =============================================================================
@@ -246,6 +250,7 @@ def process_advantages(step_rewards: Tensor, group_size: int, step_ends: Tensor 
 def main(args: Args) -> int:
     # ---- Set-up: what can be wrong without a model is found before one loads ----
     defaults = fill_in_defaults_of_loss(args)
+    check_flags(args)
     run = common.Run(args, "grpo")
     G = args.group_size
     if args.loss != "grpo" and defaults:

@@ -102,6 +102,18 @@ class Args:
     log_samples: int = flag(4, "completions in the table of samples", at_least=0)
 
 
+def check_flags(args: Args):
+    """Refuses flags that would do nothing, and a --kl-horizon with which beta could become negative."""
+    if args.critic_model and args.baseline == "none":
+        raise common.UserError("--critic-model: with --baseline none there is no critic")
+    batch = args.prompts_per_step * args.samples_per_prompt
+    if args.kl_target is not None and not args.kl_coef:
+        raise common.UserError("--kl-target: with --kl-coef 0 there is no reference; give the beta to begin with")
+    if args.kl_target is not None and args.kl_horizon <= 0.2 * batch:
+        needed = f"with {batch} completions a step it has to be above {0.2 * batch:g}"
+        raise common.UserError(f"--kl-horizon {args.kl_horizon:g}: {needed}, or --kl-coef could become negative")
+
+
 # =============================================================================
 # The mathematics
 # =============================================================================
@@ -174,18 +186,6 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizo
     return kl_coef * (1 + error * batch / horizon)
 
 
-def check_flags(args: Args):
-    """Refuses flags that would do nothing, and a --kl-horizon with which beta could become negative."""
-    if args.critic_model and args.baseline == "none":
-        raise common.UserError("--critic-model: with --baseline none there is no critic")
-    batch = args.prompts_per_step * args.samples_per_prompt
-    if args.kl_target is not None and not args.kl_coef:
-        raise common.UserError("--kl-target: with --kl-coef 0 there is no reference; give the beta to begin with")
-    if args.kl_target is not None and args.kl_horizon <= 0.2 * batch:
-        needed = f"with {batch} completions a step it has to be above {0.2 * batch:g}"
-        raise common.UserError(f"--kl-horizon {args.kl_horizon:g}: {needed}, or --kl-coef could become negative")
-
-
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """Where the clip of the surrogate binds, so that a token gets no gradient: (B, C) of 0 and 1."""
     return (((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))).float()
@@ -198,9 +198,9 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
 
 def main(args: Args) -> int:
     # ---- Set-up: what can be wrong without a model is found before one loads ----
+    check_flags(args)
     run = common.Run(args, "ppo")
     G = args.samples_per_prompt
-    check_flags(args)
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     policy, tokenizer, end_ids = common.load_policy(args, run)
