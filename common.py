@@ -3187,6 +3187,8 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         raise UserError(
             f"--resume {run.args.resume}: {folder / 'state.pt'} holds code or objects, which are not loaded"
         ) from error
+    if "random_states" not in saved:
+        raise UserError(f"--resume {run.args.resume}: {folder} was written by another version of this project")
     python, torchs, numpys = saved["random_states"][run.rank % len(saved["random_states"])]
     random.setstate(python), torch.set_rng_state(torchs), numpy.random.set_state(numpys)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

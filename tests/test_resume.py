@@ -381,6 +381,16 @@ def test_folders_that_are_no_run_to_go_on_with(stopped, tmp_path, undisturbed):
     assert "no checkpoint" in refusal(["--resume", str(stopped)])
 
 
+def test_checkpoint_of_another_version_is_refused(stopped):
+    folder = common.checkpoints_of(stopped)[-1]
+    saved = torch.load(folder / "state.pt", weights_only=True)
+    torch.save({name: value for name, value in saved.items() if name != "random_states"}, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"state.pt": common.file_digest(folder / "state.pt")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(common.UserError, match="step-000004 was written by another version of this project"):
+        runs.run_here("grpo", ["--resume", str(stopped)])
+
+
 def test_model_that_has_changed_since(stopped, materials, tmp_path):
     saved = json.loads((stopped / "args.json").read_text())
     model = common.tiny_model(common.tiny_tokenizer(), 1)
