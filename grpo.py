@@ -309,7 +309,7 @@ def main(args: Args) -> int:
             rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
         # ---- Advantage: better or worse than the rest of the group ----
-        if not run.max(scores.has_lists):  # in any process
+        if not run.max(scores.has_lists):  # the same in all processes, which compute the spread together
             batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
             rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
         else:
@@ -359,7 +359,8 @@ def main(args: Args) -> int:
 
         # ---- Log, evaluate, save ----
         mask = rollout.completion_mask  # (B, C)
-        means.add("reward/frac_zero_std", (rollout.advantages.view(len(rollout) // G, -1) == 0).all(dim=1))
+        teaches_nothing = (rollout.advantages.view(len(rollout) // G, -1) == 0).all(dim=1)  # (N,)
+        means.add("reward/frac_zero_std", teaches_nothing)
         if reference is not None:
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
             k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")

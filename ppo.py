@@ -252,10 +252,10 @@ def main(args: Args) -> int:
         # ---- Reward: the score on the last token (or token by token), less the KL on every token ----
         mask = rollout.completion_mask  # (B, C)
         rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
-        if scores.has_lists:
-            token_rewards, _ = common.dense_table(scores.dense, rollout)  # (B, C)
-        else:
+        if not scores.has_lists:
             token_rewards = on_last_token(rollout.scores, mask)  # (B, C)
+        else:
+            token_rewards, _ = common.dense_table(scores.dense, rollout)  # (B, C)
         token_rewards = token_rewards - on_last_token(args.truncation_penalty * rollout.truncated, mask)
         if reference is not None:
             kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)  # (B, C)
