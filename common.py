@@ -129,6 +129,7 @@ def parse_args(Args, argv=None):
         if bool in (hints[f.name], *typing.get_args(hints[f.name])) and f.default is not True:
             forms = {f"--no-{f.name.replace('_', '-')}", f"--no_{f.name}"}
             parser.add_argument(*sorted(forms), dest=f.name, action="store_false", help=argparse.SUPPRESS)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # Python before 3.14 takes -1e-3 for a flag
     parser.parse_args(argv)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -149,7 +150,17 @@ def parse_args(Args, argv=None):
         raise UserError(
             f"--resume {given['resume']}: that run is not one of {parser.prog} (it has --{sorted(set(saved) - known)[0]})"
         )
+    try:  # as if they stood on the command line: somebody may have edited the file
+        saved = vars(parser.parse_args(as_flags(saved)))
+    except UserError as error:
+        raise UserError(f"--resume {given['resume']}: its args.json: {error}") from None
     return check_args(Args(**{**saved, **given}))
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """The command line that gives these arguments."""
+    items = [(name, item) for name, value in values.items() for item in (value if isinstance(value, list) else [value])]
+    return [f"--{name}={item}" for name, item in items if item is not None]
 
 
 def check_args(args):
@@ -296,8 +307,8 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = self.choose_device(args.device)
         self.compute_dtype = self.choose_dtype(args.dtype)
-        if not args.resume and args.output_dir:
-            check_new_folder(args.output_dir)
+        if not args.resume:
+            check_new_folder(args.output_dir or Path("runs", "new"))
         if args.num_minibatches > args.prompts_per_step // self.world:
             share = f"{args.prompts_per_step // self.world} prompts of a step and process"
             raise UserError(f"--num-minibatches {args.num_minibatches} is more than the {share}")
@@ -1503,37 +1514,45 @@ def rollout_of(
 # =============================================================================
 
 
-def load_policy(args, run):
-    """The policy in float32, its tokenizer and the set of its end tokens. The tiny model comes warm-started."""
+def load_tokenizer_and_config(args):
+    """Those of --model, which is all that prompts need: what is wrong with them is found before the weights load."""
     if args.model == "tiny":
         tokenizer = tiny_tokenizer()
-        policy = tiny_model(tokenizer, args.seed).to(run.device)
+        return tokenizer, tiny_config(tokenizer)
+    return load_tokenizer(args.model, "--model", args), load_config(args.model, "--model", args)
+
+
+def load_policy(args, run, tokenizer):
+    """The policy in float32 and the set of its end tokens. The tiny model comes warm-started."""
+    if args.model == "tiny":
+        policy, end_ids = tiny_model(tokenizer, args.seed).to(run.device), {tokenizer.eos_token_id}
         if not args.resume and run.rank == 0:
             warm_start(policy, tokenizer, run)
         if run.world > 1:
             for parameter in policy.parameters():
                 dist.broadcast(parameter.data, 0)
-        if args.gradient_checkpointing:
-            checkpoint_layers(policy)
-        return policy, tokenizer, {tokenizer.eos_token_id}
-    tokenizer = load_tokenizer(args.model, "--model", args)
-    policy = load_model(AutoModelForCausalLM, args.model, "--model", args).to(run.device)
-    sources = (tokenizer, policy.config, policy.config.get_text_config(), policy.generation_config)
+    else:
+        policy = load_model(AutoModelForCausalLM, args.model, "--model", args).to(run.device)
+        end_ids = end_tokens(args.model, tokenizer, policy)
+    if args.gradient_checkpointing:
+        checkpoint_layers(policy)
+    return policy, end_ids
+
+
+def end_tokens(name, tokenizer, model) -> set[int]:
+    """All that the tokenizer or a config of the model names: chat models have several."""
+    sources = (tokenizer, model.config, model.config.get_text_config(), model.generation_config)
     ends = [getattr(source, "eos_token_id", None) for source in sources]
     ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
     if not ends:
-        raise UserError(
-            f"--model {args.model}: neither its tokenizer nor its generation_config names an end token (eos_token)"
-        )
-    vocabulary = policy.config.get_text_config().vocab_size
+        raise UserError(f"--model {name}: neither its tokenizer nor its generation_config names an end token (eos_token)")
     if wrong := [i for i in ends if type(i) is not int]:
-        raise UserError(f"--model {args.model}: an eos_token_id of its configs is no number: {wrong[0]!r}")
+        raise UserError(f"--model {name}: an eos_token_id of its configs is no number: {wrong[0]!r}")
+    vocabulary = model.config.get_text_config().vocab_size
     known = {i for i in ends if 0 <= i < vocabulary}
     if not known:
-        raise UserError(f"--model {args.model}: its end token {ends[0]} is none of its {vocabulary} tokens")
-    if args.gradient_checkpointing:
-        checkpoint_layers(policy)
-    return policy, tokenizer, known
+        raise UserError(f"--model {name}: its end token {ends[0]} is none of its {vocabulary} tokens")
+    return known
 
 
 def checkpoint_layers(model):
@@ -1543,17 +1562,25 @@ def checkpoint_layers(model):
     model.disable_input_require_grads()  # which only the other kind of checkpointing needs: a hook, so no `TiedWeight`
 
 
-def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention="flat_row"):
-    """A transformers model from safetensors, by default in float32 and with this project's attention; dropout is off."""
-    options = {"trust_remote_code": args.trust_remote_code}
+def load_config(name, flag_name, args):
     find_hub(name)
     try:
-        config = AutoConfig.from_pretrained(name, **options)
-        options |= {"config": without_noise(config), "dtype": dtype, "attn_implementation": attention}
-        model, report = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+        return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # transformers checks little of what stands in a config: anything may come of it
+        raise UserError(f"{flag_name} {name}: cannot be loaded: {why_not_loaded(error)}") from error
+
+
+def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention="flat_row"):
+    """A transformers model from safetensors, by default in float32 and with this project's attention; dropout is off."""
+    config = load_config(name, flag_name, args)
+    try:
+        model, report = auto_class.from_pretrained(
+            name, config=without_noise(config), dtype=dtype, attn_implementation=attention,
+            use_safetensors=True, trust_remote_code=args.trust_remote_code, output_loading_info=True,
+        )  # fmt: skip
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # transformers checks little of what stands in a config: anything may come of it
+    except Exception as error:
         raise UserError(f"{flag_name} {name}: cannot be loaded: {why_not_loaded(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{flag_name} {name}: weights of a {type(model).__name__} are missing: {', '.join(missing[:3])}")
@@ -1736,15 +1763,18 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
 
 
-def tiny_model(tokenizer, seed):
-    """A Llama with 107,712 random weights."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def tiny_config(tokenizer):
+    """Of a Llama with 107,712 weights."""
+    return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, initializer_range=0.05, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, attn_implementation="flat_row").train()
+
+
+def tiny_model(tokenizer, seed):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(tiny_config(tokenizer), attn_implementation="flat_row").train()
 
 
 def addition_rows(split):

@@ -257,9 +257,10 @@ def main(args: Args) -> int:
         run.say(f"--loss {args.loss}, by its paper: " + ", ".join(f"{name} {value}" for name, value in defaults.items()))
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
-    policy, tokenizer, end_ids = common.load_policy(args, run)
-    train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, policy.config, train_rows, eval_rows)
+    tokenizer, config = common.load_tokenizer_and_config(args)
+    train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     prompts = common.PromptStream(train_prompts, args.seed)
+    policy, end_ids = common.load_policy(args, run, tokenizer)
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
     sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)
     common.check_model(run, policy, sampler, tokenizer)

@@ -108,8 +108,8 @@ def train(command):
     load_policy, evaluate, log, step = common.load_policy, common.evaluate, common.Run.log, common.clip_and_step
     policy_ratio = script.policy_ratio
 
-    def watched_load(args, run):
-        loaded = load_policy(args, run)
+    def watched_load(args, run, tokenizer):
+        loaded = load_policy(args, run, tokenizer)
         seen["reference"] = common.frozen_copy(loaded[0])
         return loaded
 
@@ -167,7 +167,8 @@ def gradient_noise(seed, batches=64, fit=100):
 
     args = common.parse_args(ppo.Args, ["--seed", str(seed), "--device", "cpu"])
     run = common.Run(args, "ladder")
-    policy, tokenizer, end_ids = common.load_policy(args, run)
+    tokenizer = common.tiny_tokenizer()
+    policy, end_ids = common.load_policy(args, run, tokenizer)
     rows = common.load_rows("addition", "train")
     prompts = common.PromptStream(common.tokenize_prompts(rows, tokenizer, None, 512)[0], seed)
     sampler = common.Sampler(policy, end_ids, 1.0, args.max_new_tokens)

@@ -49,7 +49,8 @@ def theirs(seed):
 
     args = common.parse_args(grpo.Args, ["--seed", str(seed), "--device", "cpu"])
     run = common.Run(args, "parity_trl")
-    policy, tokenizer, end_ids = common.load_policy(args, run)  # warm-started, the same for both
+    tokenizer = common.tiny_tokenizer()
+    policy, end_ids = common.load_policy(args, run, tokenizer)  # warm-started, the same for both
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     _, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, policy.config, train_rows, eval_rows)

@@ -155,14 +155,14 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    """Call of grpo.py in this process with a command line: its exit status. The working folder is an empty one."""
+    """Call of a script in this process with a command line: its exit status. The working folder is an empty one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "matrix_rate", lambda *_: 1e9)  # to measure it takes longer than these runs
 
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, argv)])
+    def call(*argv, module=grpo):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
         with pytest.raises(SystemExit) as end:
-            common.run_script(grpo.main, grpo.Args)
+            common.run_script(module.main, module.Args)
         return end.value.code
 
     return call
@@ -480,6 +480,7 @@ def test_defaults_depend_on_the_model_and_dataset_of_tiny_is_addition():
     for name in ("steps", "max_new_tokens", "learning_rate"):
         assert getattr(tiny, name) != getattr(real, name)
     assert common.parse_args(grpo.Args, ["--kl-coef", "0"]).kl_coef == 0  # 0 is no missing value
+    assert common.parse_args(grpo.Args, ["--reward-weights", "-1e-3"]).reward_weights == [-1e-3]  # no flag called -1e-3
 
 
 # ---------------------------------------------------------------- what the user must mend: one line, status 2
@@ -594,32 +595,47 @@ def assert_refused(status, captured, expected, folder, before):
     assert listing(folder) == before  # nothing was written
 
 
-@pytest.mark.parametrize("command", list(BAD_INPUT))
-def test_bad_input_is_one_line_and_status_2_before_a_model_loads(script, with_files, monkeypatch, capfd, command):
-    def load_policy(*_):
-        pytest.fail("a model was loaded")
+@pytest.fixture
+def no_model_loads(monkeypatch):
+    monkeypatch.setattr(common, "load_policy", lambda *_: pytest.fail("a model was loaded"))
 
-    monkeypatch.setattr(common, "load_policy", load_policy)
+
+@pytest.mark.parametrize("command", list(BAD_INPUT))
+def test_bad_input_is_one_line_and_status_2_before_a_model_loads(script, with_files, no_model_loads, capfd, command):
     before = listing(with_files)
     status = script("--device", "cpu", *command.split())
     assert_refused(status, capfd.readouterr(), BAD_INPUT[command], with_files, before)
 
 
-# found with the tokenizer or the model at hand
-BAD_WITH_MODEL = {
+# found with the tokenizer and the config at hand
+BAD_WITH_TOKENIZER = {
     "--model nosuch": "--model nosuch",
     "--model full": "--model full",
     "--model DIR --system-prompt Hello": "--system-prompt",
     "--model DIR --max-prompt-tokens 3": "--max-prompt-tokens 3",
+    "--model DIR --max-new-tokens 100": "--max-new-tokens 100",
     "--model DIR --reward-model nosuch": "--reward-model nosuch",
 }
 
 
-@pytest.mark.parametrize("command", list(BAD_WITH_MODEL))
-def test_bad_input_that_only_the_model_shows_is_one_line_and_status_2(script, with_files, tiny_folder, capfd, command):
+@pytest.mark.parametrize("command", list(BAD_WITH_TOKENIZER))
+def test_what_the_tokenizer_shows_is_refused_before_the_weights_load(
+    script, with_files, tiny_folder, no_model_loads, capfd, command
+):
     before = listing(with_files)
     status = script(*SHORT, *command.replace("DIR", str(tiny_folder)).split())
-    assert_refused(status, capfd.readouterr(), BAD_WITH_MODEL[command], with_files, before)
+    assert_refused(status, capfd.readouterr(), BAD_WITH_TOKENIZER[command], with_files, before)
+
+
+def test_a_critic_that_is_not_there_is_refused_before_a_model_loads(script, with_files, no_model_loads, capfd):
+    assert script("--device", "cpu", "--critic-model", "full", module=ppo) == 2
+    assert capfd.readouterr().err.startswith("ppo.py: error: --critic-model full: cannot be loaded: ")
+
+
+def test_a_default_folder_that_cannot_be_made_is_refused_before_a_model_loads(script, with_files, no_model_loads, capfd):
+    (with_files / "runs").write_text("a file")
+    before = listing(with_files)
+    assert_refused(script("--device", "cpu"), capfd.readouterr(), "runs is a file", with_files, before)
 
 
 def test_more_positions_than_the_model_has_are_refused(script, with_files, capfd, tmp_path_factory):

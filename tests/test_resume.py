@@ -381,6 +381,21 @@ def test_folders_that_are_no_run_to_go_on_with(stopped, tmp_path, undisturbed):
     assert "no checkpoint" in refusal(["--resume", str(stopped)])
 
 
+@pytest.mark.parametrize(
+    "edited, said",
+    [
+        ({"steps": "many"}, "its args.json: argument --steps: invalid int value: 'many'"),
+        ({"loss": "nosuch"}, "its args.json: argument --loss: invalid choice: 'nosuch'"),
+        ({"reward_weights": [[1]]}, "its args.json: argument --reward_weights/--reward-weights: invalid float value"),
+        ({"steps": 0}, "--steps must be at least 1, not 0"),
+    ],
+)
+def test_edited_arguments_are_checked(stopped, edited, said):
+    saved = json.loads((stopped / "args.json").read_text())
+    (stopped / "args.json").write_text(json.dumps(saved | edited))
+    assert said in refusal(["--resume", str(stopped)])
+
+
 def test_checkpoint_of_another_version_is_refused(stopped):
     folder = common.checkpoints_of(stopped)[-1]
     saved = torch.load(folder / "state.pt", weights_only=True)
