@@ -136,10 +136,7 @@ def parse_args(Args, argv=None):
     given = vars(parser.parse_args(argv))  # only what stands on the command line
     if not given.get("resume"):
         return check_args(Args(**given))
-    check_resumable(Path(given["resume"]))
-    saved = read_json(Path(given["resume"]) / "args.json", "--resume")
-    if not isinstance(saved, dict):
-        raise UserError(f"--resume {given['resume']}: its args.json holds no arguments")
+    saved = saved_arguments(Path(given["resume"]))
     for name, value in given.items():
         if name not in RESUME_MAY_CHANGE and value != saved.get(name):
             raise UserError(
@@ -289,14 +286,19 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def check_resumable(folder):
-    """Raises UserError unless `folder` is that of a run which has begun, has a checkpoint and has not finished."""
-    if not os.path.isfile(folder / "args.json"):
+def saved_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments of the run in `folder`; UserError unless it has begun, has a checkpoint and has not finished."""
+    path = folder / "args.json"
+    if not path.is_file():
         raise UserError(f"--resume {folder}: not the folder of a run (no args.json there)")
     if (folder / "final").is_dir():
         raise UserError(f"--resume {folder}: that run has finished; its model is {folder / 'final'}")
     if not checkpoints_of(folder):
         raise UserError(f"--resume {folder}: no checkpoint there (--save-every writes them, and Ctrl-C)")
+    try:
+        return {**json.loads(path.read_text())}
+    except (OSError, ValueError, TypeError) as error:  # no JSON, or no object
+        raise UserError(f"--resume: {path} cannot be read: {first_line(error)}") from error
 
 
 class Run:
@@ -306,7 +308,7 @@ class Run:
         self.args, self.script, self.started, self.folder, self.writer = args, script, time.time(), None, None
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = self.choose_device(args.device)
-        self.compute_dtype = self.choose_dtype(args.dtype)
+        self.compute_dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
         if not args.resume:
             check_new_folder(args.output_dir or Path("runs", "new"))
         if args.num_minibatches > args.prompts_per_step // self.world:
@@ -338,9 +340,8 @@ class Run:
         self.say(textwrap.fill(f"defaults of models other than the tiny one: {chosen}", 79, break_on_hyphens=False))
 
     def choose_device(self, name):
-        if name is None:
-            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        name = name or next(kind for kind in available if available[kind])
         if not available.get(name.split(":")[0]):
             raise UserError(
                 f"--device {name}: not available here (one of cuda, mps, cpu; by default the first that is there)"
@@ -359,10 +360,6 @@ class Run:
             torch.backends.cuda.enable_cudnn_sdp(False)
         return device
 
-    def choose_dtype(self, name):
-        name = name or ("bfloat16" if self.device.type == "cuda" else "float32")
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-
     def autocast(self):
         """bfloat16 matrix products over float32 weights, where --dtype asks for them."""
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32)
@@ -371,9 +368,6 @@ class Run:
         """Random numbers in [0, 1) that depend on seed, step and purpose alone: a resumed run draws the same ones."""
         generator = torch.Generator().manual_seed((self.args.seed * 1_000_003 + step) * 16 + purpose)
         return torch.rand(*shape, generator=generator)
-
-    def permutation(self, step: int, purpose: int, n: int) -> Tensor:
-        return self.uniforms(step, purpose, n).argsort()
 
     def minibatches(self, number: int) -> list[Tensor]:
         """Random split of the step's prompts into --num-minibatches parts: this process's own prompts in each.
@@ -389,9 +383,7 @@ class Run:
         """Each number summed over all processes."""
         if self.world == 1:
             return numbers
-        total = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.tolist()
+        return [sum(parts) for parts in zip(*self.gather([float(x) for x in numbers]))]
 
     def max(self, number: int) -> int:
         """The largest of all processes' numbers."""
@@ -873,12 +865,6 @@ def flat_row(batch: Rollout) -> tuple[Tensor, PackedLayout]:
     return torch.cat([prompt_tokens, input_tokens]), layout
 
 
-def completion_states(model, batch: Rollout):
-    """Hidden states that predict the valid completion tokens, sequence by sequence: (number of valid tokens, hidden)."""
-    tokens, layout = flat_row(batch)
-    return flat_forward(model, tokens, layout.positions, layout).index_select(0, layout.predictors)
-
-
 def distinct(index):
     """First position of each distinct number of `index`, and for every position which of those numbers it holds."""
     numbers, group = torch.unique(index, return_inverse=True)
@@ -924,7 +910,8 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
 @with_whole_parameters
 def completion_values(critic, batch: Rollout):
     """The critic's value before each completion token: (B, C) float32, 0 outside the mask."""
-    states = completion_states(critic.backbone, batch).float()
+    tokens, layout = flat_row(batch)
+    states = flat_forward(critic.backbone, tokens, layout.positions, layout).index_select(0, layout.predictors).float()
     with torch.autocast(states.device.type, enabled=False):  # rounding to bfloat16 would move a value of 10 by up to 0.03
         values = critic.head(states).squeeze(-1)
     return from_slots(values, batch.slots(), batch.completion_ids.shape)
@@ -1419,25 +1406,23 @@ class Sampler:
         """One step as a CUDA graph, captured the first time that its shape is seen."""
         key = (self.cache.live, self.cache.used, greedy)
         if key not in self.graphs:
-            saved = [x.clone() for x in self.state()]
+            # What a step changes, besides the cache cells of its own column, which it writes again.
+            ours = [self.tokens, self.finished, self.cell, self.ids, self.logprobs, self.entropy]
+            changed = [*ours, self.cache.positions, self.cache.column]
+            saved = [x.clone() for x in changed]
             # One stream for all warm-ups and captures: cuBLAS keeps a workspace for each stream that it has seen.
             self.stream = self.stream or torch.cuda.Stream()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.step(greedy)  # warms up what must not happen during the capture
             torch.cuda.current_stream().wait_stream(self.stream)
-            for x, old in zip(self.state(), saved):
+            for x, old in zip(changed, saved):
                 x.copy_(old)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.step(greedy)
             self.graphs[key], self.pool = graph, graph.pool()
         self.graphs[key].replay()
-
-    def state(self):
-        """What a step changes, besides the cache cells of its own column, which it writes again."""
-        ours = [self.tokens, self.finished, self.cell, self.ids, self.logprobs, self.entropy]
-        return [*ours, self.cache.positions, self.cache.column]
 
     def drop_finished(self):
         """Let finished rows leave: the last live rows move into the places of finished ones."""
@@ -1459,14 +1444,12 @@ class Sampler:
         self.cache.live = live
 
     def rollout(self, prompts, prompt_lengths, group) -> Rollout:
-        B, P = len(group), int(prompt_lengths.max())
+        B = len(group)
         # (B, C). Where nothing was sampled stands the pad, which is an end token.
         is_end = (self.ids[:B, :, None] == self.end_ids).any(dim=-1)
         lengths = ((is_end.cumsum(dim=1) == 0).sum(dim=1) + 1).clamp(max=self.C).cpu()  # the first end token included
         C = int(lengths.max())
-        prompt_ids = torch.full((len(prompts), P), self.pad_id)
-        for row, ids in zip(prompt_ids, prompts):
-            row[P - len(ids) :] = torch.tensor(ids)
+        prompt_ids = padded(prompts, side="left", value=self.pad_id)
         device_lengths = to_device(lengths, self.device)[:, None]
         rollout = Rollout(
             prompt_ids=to_device(prompt_ids[group], self.device),
@@ -1484,17 +1467,17 @@ class Sampler:
         return rollout
 
 
+def padded(rows: list[list[int]], side: str, value: int = 0) -> Tensor:
+    """Token ids as a table, (rows, tokens of the longest)."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in rows], True, value, side)
+
+
 def rollout_of(
     prompts: list[list[int]], completions: list[list[int]], device, prompt_index: list[int] | None = None
 ) -> Rollout:
     """A Rollout of given token ids: one prompt and one completion a sequence."""
     lengths, prompt_lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (completions, prompts))
-    completion_ids, prompt_ids = (
-        torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long) for rows in (completions, prompts)
-    )
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        prompt_ids[i, prompt_ids.shape[1] - len(prompt) :] = torch.tensor(prompt)
-        completion_ids[i, : len(completion)] = torch.tensor(completion)
+    prompt_ids, completion_ids = padded(prompts, side="left"), padded(completions, side="right")
     mask = torch.arange(completion_ids.shape[1]) < lengths[:, None]
     return Rollout(
         prompt_ids=prompt_ids.to(device),
@@ -1809,7 +1792,7 @@ def warm_start(model, tokenizer, run, target=0.22, batch_size=64, max_steps=1000
     """
     started = time.time()
     rows, probe = addition_rows("warm start"), addition_rows("train")
-    probe = [probe[i] for i in run.permutation(0, 1, len(probe))[:256]]
+    probe = [probe[i] for i in run.uniforms(0, 1, len(probe)).argsort()[:256]]
     probe_prompts = tokenizer([row["prompt"] for row in probe]).input_ids
     prompts = tokenizer([row["prompt"] for row in rows]).input_ids
     answers = tokenizer([row["answer"] + tokenizer.eos_token for row in rows]).input_ids
@@ -1821,7 +1804,7 @@ def warm_start(model, tokenizer, run, target=0.22, batch_size=64, max_steps=1000
             accuracy = sum(text == row["answer"] for text, row in zip(texts, probe)) / len(probe)
             if accuracy >= target:
                 break
-        chosen = run.permutation(step, 2, len(rows))[:batch_size].tolist()
+        chosen = run.uniforms(step, 2, len(rows)).argsort()[:batch_size].tolist()
         batch = rollout_of([prompts[i] for i in chosen], [answers[i] for i in chosen], run.device)
         optimizer.zero_grad()
         (-completion_logprobs(model, batch, temperature=1.0).sum() / batch.lengths.sum()).backward()
@@ -2426,21 +2409,17 @@ def arithmetic(expression: str, given: list[Fraction]) -> Fraction | None:
         return None
 
 
+NO_TAG = "(?:(?!</?(?:think|answer)>).)*"
+FORMAT = re.compile(rf"(?:<think>)?{NO_TAG}</think>\s*<answer>{NO_TAG}</answer>", re.DOTALL)
+
+
 def format_reward(completions, **_) -> list[float]:
     """1.0 if the completion is <think>...</think><answer>...</answer> and nothing else, else 0.0.
 
     White space may stand around either block. The opening <think> may be missing, for some chat
     templates end the prompt with it.
     """
-    scores = []
-    tags = ["<think>", "</think>", "<answer>", "</answer>"]
-    for completion in completions:
-        text = completion_text(completion).strip()
-        found = re.findall(r"</?(?:think|answer)>", text)
-        in_order = (found == tags and text.startswith("<think>")) or found == tags[1:]
-        joined = text.partition("</think>")[2].lstrip().startswith("<answer>") and text.endswith("</answer>")
-        scores.append(float(in_order and joined))
-    return scores
+    return [float(bool(FORMAT.fullmatch(completion_text(completion).strip()))) for completion in completions]
 
 
 BUILTIN_REWARDS = {
@@ -2476,11 +2455,9 @@ class Scores:
 
     def replace(self, rows: list[int], other: "Scores"):
         """Put the scores of `other` in the places of `rows`."""
-        for mine, new in [
-            (self.total, other.total),
-            *((self.by_function[n], other.by_function[n]) for n in self.by_function),
-        ]:
-            mine[rows] = new
+        self.total[rows] = other.total
+        for name, values in self.by_function.items():
+            values[rows] = other.by_function[name]
         for row, values in zip(rows, other.dense):
             self.dense[row] = values
         self.has_lists |= other.has_lists
@@ -2492,18 +2469,15 @@ class Scores:
                 mine[row] = value
 
 
-def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
+def load_rewards(names: list[str]) -> list[Reward]:
     """Rewards by name: a built-in one, or "file.py:function", whose file is executed once.
 
-    Raises UserError for a name, file or function that cannot be had, and for weights that do not
-    match in number.
+    Raises UserError for a name, file or function that cannot be had.
     """
-    if weights is not None and len(weights) != len(names):
-        raise UserError(f"--reward-weights has {len(weights)} numbers for {len(names)} rewards")
     rewards, modules = [], {}
     # Other scalars, reward/mean and so on, have these names.
     taken = {"mean", "std", "frac_zero_std", "resampled_groups", "reward_model"}
-    for i, name in enumerate(names):
+    for name in names:
         path, colon, attribute = name.rpartition(":")
         if name in BUILTIN_REWARDS:
             function, attribute = BUILTIN_REWARDS[name], name
@@ -2518,24 +2492,23 @@ def load_rewards(names: list[str], weights: list[float] | None) -> list[Reward]:
         log_names = (attribute if n == 1 else f"{attribute}_{n}" for n in itertools.count(1))
         log_name = next(candidate for candidate in log_names if candidate not in taken)
         taken.add(log_name)
-        rewards.append(Reward(log_name, function, 1.0 if weights is None else weights[i]))
+        rewards.append(Reward(log_name, function))
     return rewards
 
 
 def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
     """The rewards to train on, --reward and --reward-model, and the one that evaluation counts by."""
     names = args.reward or ([] if args.reward_model else ["gsm8k" if args.dataset == "gsm8k" else "exact"])
-    weights = list(args.reward_weights) or [1.0] * (len(names) + bool(args.reward_model))
-    if len(weights) != len(names) + bool(args.reward_model):
-        raise UserError(
-            f"--reward-weights has {len(weights)} numbers for {len(names) + bool(args.reward_model)} rewards; give one each"
-        )
-    rewards = load_rewards(names, weights[: len(names)])
+    count = len(names) + bool(args.reward_model)
+    weights = args.reward_weights or [1.0] * count
+    if len(weights) != count:
+        raise UserError(f"--reward-weights has {len(weights)} numbers for {count} rewards; give one each")
+    rewards = load_rewards(names)
     if args.reward_model:
-        rewards.append(Reward("reward_model", load_reward_model(args, run), weights[-1]))
-    if args.eval_reward:
-        return rewards, load_rewards([args.eval_reward], None)[0]
-    return rewards, dataclasses.replace(rewards[0], weight=1.0)  # what is right does not depend on how much it counts
+        rewards.append(Reward("reward_model", load_reward_model(args, run)))
+    # What is right does not depend on how much it counts: evaluation goes by the reward without its weight.
+    eval_reward = load_rewards([args.eval_reward])[0] if args.eval_reward else rewards[0]
+    return [dataclasses.replace(reward, weight=weight) for reward, weight in zip(rewards, weights)], eval_reward
 
 
 def load_reward_model(args, run) -> Callable:
@@ -2860,7 +2833,7 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
     k = 1, 2, 4, ..., n, unbiased, from n samples a prompt at the training temperature. Completions to which the
     reward does not apply (None) are left out, and a prompt of which fewer than k remain does not count in pass@k.
     """
-    n, means, mine, known = run.args.eval_samples, Means(), prompts[run.rank :: run.world], 0
+    n, means, mine = run.args.eval_samples, Means(), prompts[run.rank :: run.world]
 
     def judged(some, copies, uniforms):  # for each prompt, which of its completions are right
         rollout = sampler.sample([prompt.ids for prompt in some], copies, uniforms)
@@ -2868,7 +2841,7 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
         texts, ids = decode(tokenizer, rollout)
         scores = score([reward], repeated, texts, ids, run.args.reward_timeout, run.trainer_state).total
         if uniforms is None:
-            means.add("eval/reward", scores.nan_to_num(0), ~scores.isnan())
+            means.add("eval/reward", scores, ~scores.isnan())
         return [row[~row.isnan()] >= 1 for row in scores.view(-1, copies)]
 
     size = max(256 // max(n, 1), 1)
@@ -2876,7 +2849,6 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
         some = mine[start : start + size]
         for prompt, right in zip(some, judged(some, 1, None)):
             means.add("eval/accuracy", right)
-            known += len(right)
             if prompt.columns.get("level") is not None and len(right):
                 means.add(f"eval/accuracy_{prompt.columns['level']}", right)
         if n:
@@ -2885,9 +2857,10 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
                 for k in sorted({n} | {2**i for i in range(n.bit_length())}):
                     if k <= len(right):
                         means.add(f"eval/pass@{k}", pass_at_k(len(right), int(right.sum()), k))
-    if run.sum(known)[0] == 0:
+    metrics = means.reduce(run)
+    if math.isnan(metrics["eval/accuracy"]):
         run.warn_once(f"{reward.name} gives None to all evaluation prompts, so no accuracy is known; look at --eval-reward")
-    return means.reduce(run)
+    return metrics
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -3095,10 +3068,10 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     """What both scripts log of a step, with what the script itself has put into `means`."""
     run.phase(None)
     run.trainer_state.global_step += 1  # the rollout is done: what evaluates after this step counts it
-    total, valid = rollout.scores.nan_to_num(0), ~rollout.scores.isnan()
-    means.add("reward/mean", total, valid)
+    valid = ~rollout.scores.isnan()
+    means.add("reward/mean", rollout.scores, valid)
     for name, values in scores.by_function.items():
-        means.add(f"reward/{name}", values.nan_to_num(0), ~values.isnan())
+        means.add(f"reward/{name}", values, ~values.isnan())
     for name, values in scores.metrics.items():
         means.add(f"reward/metric/{name}", values)
     means.add("completions/mean_length", rollout.lengths, rollout.lengths > 0)
@@ -3106,7 +3079,7 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     metrics = means.reduce(run)
     highest = run.max(float(rollout.scores.nan_to_num(-math.inf).max()))
     lowest = -run.max(float(-rollout.scores.nan_to_num(math.inf).min()))
-    std = float(mean_and_variance(run, total, valid)[1].sqrt()) if highest > lowest else 0.0  # exactly, if all are equal
+    std = float(mean_and_variance(run, rollout.scores, valid)[1].sqrt()) if highest > lowest else 0.0  # exactly, if all are equal
     metrics["reward/std"] = std if highest >= lowest else math.nan
     tokens, seconds = run.sum(rollout.lengths.sum())[0], sum(run.seconds.values())
     metrics |= {f"perf/{phase}_seconds": value for phase, value in run.seconds.items()}
@@ -3190,12 +3163,11 @@ def gathered(run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def file_digest(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "PromptStream") -> dict[str, Any]:
@@ -3252,10 +3224,3 @@ def save_final(run, model, tokenizer):
             model.config = getattr(model, "config_to_save", model.config)  # with the dropout that it came with
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-
-
-def read_json(path, flag_name):
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag_name}: {path} cannot be read: {first_line(error)}") from error

@@ -551,6 +551,7 @@ BAD_INPUT = {
     "--reward syntax.py:f": "syntax.py:1",
     "--eval-reward nosuch": "nosuch",
     "--reward exact --reward-weights 1 2": "--reward-weights has 2 numbers for 1",
+    "--reward exact --reward format --reward-weights 1": "--reward-weights has 1 numbers for 2 rewards",
     "--reward exact --reward-weights nan": "--reward-weights",
     "--reward exact --reward-weights inf": "--reward-weights",
     "--dataset nosuch.jsonl": "nosuch.jsonl: No such file",

@@ -361,20 +361,18 @@ def test_load_rewards_by_name_and_file(reward_file):
             raise SystemExit("not a script")
         """
     )
-    rewards = common.load_rewards(["format", f"{path}:format", f"{path}:format", f"{path}:count"], [1, 2, 3, 4])
+    rewards = common.load_rewards(["format", f"{path}:format", f"{path}:format", f"{path}:count"])
     assert [reward.name for reward in rewards] == ["format", "format_2", "format_3", "count"]
-    assert [reward.weight for reward in rewards] == [1, 2, 3, 4]
     assert rewards[0].function is common.BUILTIN_REWARDS["format"]
     scores = run(rewards, ["a", "b"])
     assert scores.by_function["format_2"].tolist() == [0.5, 0.5]
     assert scores.by_function["count"].tolist() == [2.0, 2.0]  # one module: the calls of both formats
-    assert [reward.weight for reward in common.load_rewards(["exact"], None)] == [1.0]
 
 
 def test_rewards_are_not_logged_under_names_that_other_numbers_have(reward_file):
     names = ["mean", "std", "frac_zero_std", "resampled_groups", "reward_model", "mean", "mean_2"]
     path = reward_file("\n".join(f"def {name}(completions): pass" for name in names))
-    rewards = common.load_rewards([f"{path}:{name}" for name in names], None)
+    rewards = common.load_rewards([f"{path}:{name}" for name in names])
     assert [reward.name for reward in rewards] == [f"{name}_2" for name in names[:5]] + ["mean_3", "mean_2_2"]
 
 
@@ -393,21 +391,19 @@ def test_rewards_are_not_logged_under_names_that_other_numbers_have(reward_file)
 def test_reward_file_errors(reward_file, code, attribute, named):
     path = reward_file(code)
     with pytest.raises(common.UserError, match=named) as error:
-        common.load_rewards([f"{path}:{attribute}"], None)
+        common.load_rewards([f"{path}:{attribute}"])
     assert path in str(error.value) and "\n" not in str(error.value)
 
 
 def test_reward_name_errors(tmp_path):
-    for names, weights, named in [
-        (["gsm9k"], None, "no reward 'gsm9k': take exact, gsm8k, countdown, format or file.py:function"),
-        (["rewards.py"], None, "no reward 'rewards.py'"),
-        (["rewards.txt:f"], None, "no reward 'rewards.txt:f'"),
-        ([f"{tmp_path}/none.py:f"], None, "none.py does not exist"),
-        (["exact", "format"], [1.0], "--reward-weights has 1 numbers for 2 rewards"),
-        (["exact"], [], "--reward-weights has 0 numbers"),
+    for names, named in [
+        (["gsm9k"], "no reward 'gsm9k': take exact, gsm8k, countdown, format or file.py:function"),
+        (["rewards.py"], "no reward 'rewards.py'"),
+        (["rewards.txt:f"], "no reward 'rewards.txt:f'"),
+        ([f"{tmp_path}/none.py:f"], "none.py does not exist"),
     ]:
         with pytest.raises(common.UserError) as error:
-            common.load_rewards(names, weights)
+            common.load_rewards(names)
         assert named in str(error.value)
 
 
@@ -469,7 +465,7 @@ def test_a_function_may_change_what_it_gets():
 
 
 def test_missing_column_is_named_before_and_during_a_run():
-    rewards = common.load_rewards(["format", "exact"], None)
+    rewards = common.load_rewards(["format", "exact"])
     common.check_rewards(rewards, [{"prompt": "p", "answer": "x"}])
     for check in (lambda: common.check_rewards(rewards, [{"prompt": "p", "level": 1}]), lambda: run(rewards, ["a"])):
         with pytest.raises(common.UserError, match="reward exact needs a column 'answer'"):
@@ -484,7 +480,7 @@ def test_built_in_rewards_look_at_the_answers_before_a_run():
     rows = [{"prompt": "p", "answer": "#### 1"}, {"prompt": "q", "answer": "Paris"}]
     for name, named in [("gsm8k", "no number in the answer 'Paris'"), ("countdown", "needs the columns target")]:
         with pytest.raises(common.UserError, match=named):
-            common.check_rewards(common.load_rewards([name], None), rows)
+            common.check_rewards(common.load_rewards([name]), rows)
 
 
 def test_functions_of_trl_style():
@@ -648,7 +644,7 @@ def test_an_exception_names_function_type_message_and_line(reward_file):
         ("cancelled", rf"reward cancelled raised CancelledError at {path}:9"),
     ]:
         with pytest.raises(common.UserError, match=named) as error:
-            run(common.load_rewards([f"{path}:{name}"], None), ["not json", "{}"])
+            run(common.load_rewards([f"{path}:{name}"]), ["not json", "{}"])
         assert "\n" not in str(error.value)
     with pytest.raises(common.UserError, match="reward exact raised"):
         run([common.Reward("exact", lambda completions: 1 / 0)], ["a"])
@@ -700,7 +696,7 @@ def test_what_a_reward_file_changes_for_the_process_is_put_back(tmp_path):
         "        torch.set_grad_enabled(False)\n        return [1.0] * len(completions)\n"
     )
     before = os.getcwd()
-    rewards = common.load_rewards([f"{tmp_path / 'a.py'}:moves"], None)
+    rewards = common.load_rewards([f"{tmp_path / 'a.py'}:moves"])
     assert os.getcwd() == before and torch.is_grad_enabled()
     assert run(rewards, ["a"]).total.tolist() == [1.0]
     assert os.getcwd() == before and torch.is_grad_enabled()
