@@ -304,8 +304,9 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
 class Run:
     """One run of a script: its device, processes and folder, what it says and logs, and whether it has to stop."""
 
-    def __init__(self, args, script: str):
-        self.args, self.script, self.started, self.folder, self.writer = args, script, time.time(), None, None
+    def __init__(self, args):
+        self.args, self.started, self.folder, self.writer = args, time.time(), None, None
+        self.script = Path(inspect.getfile(type(args))).stem  # a copy runs, and resumes, under its own name
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = self.choose_device(args.device)
         self.compute_dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
@@ -376,7 +377,7 @@ class Run:
         neighbours one goes to each part.
         """
         n, parts = self.args.prompts_per_step, self.args.num_minibatches
-        part_of = self.share(self.uniforms(number, 1, -(-n // parts), parts).argsort(dim=1).flatten()[:n])
+        part_of = self.own_part(self.uniforms(number, 1, -(-n // parts), parts).argsort(dim=1).flatten()[:n])
         return [(part_of == part).nonzero()[:, 0] for part in range(parts)]
 
     def sum(self, *numbers):
@@ -396,7 +397,7 @@ class Run:
             dist.all_gather_object(values, value)
         return values
 
-    def share(self, items):
+    def own_part(self, items):
         """This process's part of a list or tensor that all processes have."""
         size = len(items) // self.world
         return items[self.rank * size : (self.rank + 1) * size]
@@ -631,16 +632,17 @@ class Rollout:
         return len(self.lengths)
 
     def select(self, rows: Tensor) -> "Rollout":
-        """The sequences `rows` (CPU indices), with columns trimmed to the longest completion among them."""
+        """The sequences `rows` (CPU indices), with columns trimmed to the longest completion among them.
+
+        Tensors (B,) and (B, C) that a script adds, as in `rollout.weights = ...`, go along.
+        """
         columns = max(int(self.lengths[rows].max()), 1)
-        device_rows = to_device(rows, self.completion_ids.device)
-        picked = {}
-        for field in dataclasses.fields(self):
-            x = getattr(self, field.name)
+        device_rows, picked = to_device(rows, self.completion_ids.device), copy.copy(self)
+        for name, x in vars(self).items():
             if x is not None:
                 x = x[rows] if x.device == rows.device else x[device_rows]
-                picked[field.name] = x if x.dim() == 1 or field.name == "prompt_ids" else x[:, :columns]
-        return Rollout(**picked)
+                setattr(picked, name, x if x.dim() == 1 or name == "prompt_ids" else x[:, :columns])
+        return picked
 
     def replace(self, rows: Tensor, other: "Rollout"):
         """Put the sequences of `other`, which has no optional fields, in the places of `rows` (CPU indices)."""
@@ -887,7 +889,7 @@ def with_whole_parameters(function):
 def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=False, from_sampler=False):
     """Log-probabilities of the completion tokens at `temperature`: (B, C) float32, 0 outside the mask, differentiable.
 
-    With `with_entropy` also the entropy of the distributions they were drawn from, (B, C), not differentiable. The
+    With `with_entropy` also the entropy of the distributions they were drawn from, (B, C), differentiable, too. The
     vocabulary head runs on the valid completion tokens only, some at a time, so that no (B, T, V) tensor exists.
 
     from_sampler: `model` is still what sampled `batch`, in float32; then the numbers are those that the sampler saw,
@@ -900,9 +902,8 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
     states = flat_forward(model, tokens, layout.positions, layout, embedded).index_select(0, layout.predictors)
     targets = batch.completion_ids.flatten()[slots]
     scale = logit_scale(model) / temperature
-    known = batch.sampler_logprobs.flatten()[slots] if from_sampler else None
+    known = [x.flatten()[slots] for x in (batch.sampler_logprobs, batch.sampler_entropy)] if from_sampler else None
     logprobs, entropy = HeadLogprobs.apply(states, weight, head.bias, targets, scale, with_entropy, known)
-    entropy = batch.sampler_entropy.flatten()[slots] if from_sampler else entropy
     logprobs = from_slots(logprobs, slots, batch.completion_ids.shape)
     return (logprobs, from_slots(entropy, slots, batch.completion_ids.shape)) if with_entropy else logprobs
 
@@ -973,24 +974,18 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def blocks(states, vocabulary):
-        """Ranges of the vocabulary, and memory for the logits and the softmax of the largest."""
+        """Ranges of the vocabulary, and memory for the logits of the largest."""
         memory = torch.cuda.get_device_properties(states.device).total_memory if states.is_cuda else 0
         size = max((memory // 320 or HeadLogprobs.BLOCK) // max(len(states), 1) // 64, 2) * 64  # aligned rows
         blocks = [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
-        return blocks, [states.new_empty(len(states) * blocks[0].stop, dtype=torch.float32) for _ in range(2)]
+        return blocks, states.new_empty(len(states) * blocks[0].stop, dtype=torch.float32)
 
     @staticmethod
-    def logits_and_softmax(block, tables, states, weight, bias, scale):
-        """Of the rows `states` within a block, (n, columns) each, in the memory of the two tables."""
+    def logits(block, memory, states, weight, bias, scale):
+        """Of the rows `states` within a block: (n, columns)."""
         shape = len(states), block.stop - block.start
-        logits, softmax = (table[: shape[0] * shape[1]].view(shape) for table in tables)
-        head_logits(states, weight[block], None if bias is None else bias[block], scale, out=logits)
-        return logits, torch.softmax(logits, dim=-1, out=softmax)
-
-    @staticmethod
-    def log_sum(logits, softmax):
-        """Log of a block's sum of exp(logits), (n, 1), from its largest entry: p = exp(z) / sum."""
-        return logits.amax(dim=-1, keepdim=True) - softmax.amax(dim=-1, keepdim=True).log()
+        out = memory[: shape[0] * shape[1]].view(shape)
+        return head_logits(states, weight[block], None if bias is None else bias[block], scale, out)
 
     @staticmethod
     def within(block, targets):
@@ -1000,53 +995,63 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def over_all_blocks(states, weight, bias, targets, scale, with_entropy):
-        """Log-probs of the targets (n,), entropies log Z - sum of p z (n,), log Z (n, 1) and its parts, (n, blocks)."""
+        """Log-probs of the targets (n,), entropies log Z - sum of p z (n,), and log Z (n, 1)."""
         chosen, totals, means = states.new_zeros(len(states), 1, dtype=torch.float32), [], []
-        blocks, tables = HeadLogprobs.blocks(states, len(weight))
+        blocks, memory = HeadLogprobs.blocks(states, len(weight))
+        other = torch.empty_like(memory) if with_entropy else memory
         for block in blocks:
-            logits, softmax = HeadLogprobs.logits_and_softmax(block, tables, states, weight, bias, scale)
+            z = HeadLogprobs.logits(block, memory, states, weight, bias, scale)
             column, inside = HeadLogprobs.within(block, targets)
-            chosen = torch.where(inside, logits.gather(1, column), chosen)
-            totals.append(HeadLogprobs.log_sum(logits, softmax))
+            chosen = torch.where(inside, z.gather(1, column), chosen)
+            highest = z.amax(dim=-1, keepdim=True)
+            weights = torch.exp(z.sub_(highest), out=other[: z.numel()].view_as(z))
+            total = weights.sum(dim=-1, keepdim=True)
+            totals.append(highest + total.log())
             if with_entropy:  # the mean logit; nothing reads the logits after it
-                means.append(logits.mul_(softmax).sum(dim=-1, keepdim=True))
+                means.append(highest + z.mul_(weights).sum(dim=-1, keepdim=True) / total)
         totals = torch.cat(totals, dim=1)  # (n, blocks)
         log_z = totals.logsumexp(dim=1, keepdim=True)
         shares = (totals - log_z).exp()  # of the blocks in the distribution
         entropy = log_z[:, 0] - (shares * torch.cat(means, dim=1)).sum(dim=1) if with_entropy else log_z[:, 0]
-        return (chosen - log_z)[:, 0], entropy, log_z, totals
+        return (chosen - log_z)[:, 0], entropy, log_z
 
     @staticmethod
     def forward(ctx, states, weight, bias, targets, scale, with_entropy, known=None):
         device = states.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        ctx.states_dtype, ctx.scale = states.dtype, scale
+        ctx.states_dtype, ctx.scale, ctx.is_known = states.dtype, scale, known is not None
         states, low_weight = states.to(ctx.dtype), weight.to(ctx.dtype)
         if known is None:
-            inputs = states, low_weight, bias, targets, scale, with_entropy
-            logprobs, entropy, log_z, totals = HeadLogprobs.over_all_blocks(*inputs)
+            logprobs, entropy, log_z = HeadLogprobs.over_all_blocks(states, low_weight, bias, targets, scale, with_entropy)
         else:  # log Z is the target's logit less its log-prob
+            logprobs, entropy = (x.clone() for x in known)
             logits = (states * low_weight[targets]).sum(dim=1, dtype=torch.float32)
             logits = scale * (logits if bias is None else logits + bias[targets])
-            logprobs, entropy, log_z, totals = known.clone(), torch.zeros_like(known), (logits - known)[:, None], None
-        ctx.save_for_backward(states, weight, bias, targets, log_z, totals)
-        ctx.mark_non_differentiable(entropy)
+            log_z = (logits - logprobs)[:, None]
+        ctx.save_for_backward(states, weight, bias, targets, log_z, entropy)
+        ctx.set_materialize_grads(False)  # None for an output that the loss does not use
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _):
-        states, weight, bias, targets, log_z, totals = ctx.saved_tensors
-        low_weight, (blocks, tables) = weight.to(ctx.dtype), HeadLogprobs.blocks(states, len(weight))
+    def backward(ctx, grad_logprobs, grad_entropy):
+        states, weight, bias, targets, log_z, entropy = ctx.saved_tensors
+        low_weight, (blocks, memory) = weight.to(ctx.dtype), HeadLogprobs.blocks(states, len(weight))
         grad_states = torch.zeros(states.shape, device=states.device)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.empty_like(bias) if bias is not None else None
-        g, seen = grad_logprobs[:, None] * ctx.scale, 0.0  # d logprob / d logits = scale (onehot - softmax)
-        for i, block in enumerate(blocks):
-            logits, softmax = HeadLogprobs.logits_and_softmax(block, tables, states, low_weight, bias, ctx.scale)
-            total = HeadLogprobs.log_sum(logits, softmax) if totals is None else totals[:, i : i + 1]
-            share = (total - log_z).exp()  # of the block in the distribution
-            seen = seen + share
-            grad = softmax.mul_(-g * share)
+        # d logprob / d logits = scale (onehot - p), d entropy / d logits = -scale p (log p + entropy)
+        g = (torch.zeros_like(log_z) if grad_logprobs is None else grad_logprobs[:, None]) * ctx.scale
+        h = None if grad_entropy is None else grad_entropy[:, None] * ctx.scale
+        seen = 0.0
+        for block in blocks:
+            log_p = HeadLogprobs.logits(block, memory, states, low_weight, bias, ctx.scale).sub_(log_z)
+            factor = -g if h is None else -g - h * (log_p + entropy[:, None])
+            p = log_p.exp_()
+            if ctx.is_known:
+                seen = seen + p.sum(dim=1)
+            grad = p.mul_(factor)
             column, inside = HeadLogprobs.within(block, targets)
             grad.scatter_add_(1, column, g * inside)
             if grad_bias is not None:
@@ -1055,8 +1060,12 @@ class HeadLogprobs(torch.autograd.Function):
             add_product(grad_states, grad, low_weight[block])
             if grad_weight is not None:
                 add_product(grad_weight[block], grad.t(), states, keep=0)
-        if not states.is_cuda and (seen - 1).abs().mean() > 0.01:  # reading a number would wait for a GPU
-            raise UserError("completion_logprobs(from_sampler=True): the model has changed since it sampled")
+        # Probabilities add up to 1. Not asked on a GPU, where reading a number would wait.
+        if ctx.is_known and not states.is_cuda and not (seen - 1).abs().mean() < 0.01:
+            raise UserError(
+                "completion_logprobs(from_sampler=True): the model is not the one that sampled; "
+                "for other rollouts than its last, and after an update, leave from_sampler out"
+            )
         return grad_states.to(ctx.states_dtype), grad_weight, grad_bias, None, None, None, None
 
 
@@ -1155,6 +1164,7 @@ class PlainForward:
         return all(
             type(module).__module__.startswith(cls.MODULES)
             and (module is embedding or not (module._forward_hooks or module._forward_pre_hooks))
+            and "forward" not in vars(module)
             for module in model.base_model.modules()
         )
 
@@ -1184,7 +1194,8 @@ class PlainForward:
             qk = torch.cat([rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)], dim=1)
         else:
             qk = qkv[:, : heads + kv_heads]
-        qk = (qk * cos).addcmul_(qk.roll(dim // 2, dims=-1), sin).to(value.dtype)  # addcmul itself would be autocast
+        turned = torch.cat(qk.split(dim // 2, dim=-1)[::-1], dim=-1)  # not roll, which on a GPU would copy qk first
+        qk = (qk * cos).addcmul_(turned, sin).to(value.dtype)  # addcmul itself would be autocast
         return *qk.split([heads, kv_heads], dim=1), value
 
     @staticmethod
@@ -1246,20 +1257,21 @@ def draw(logits, uniform):
 
 
 def draw_with_entropy(logits, uniform):
-    """What `draw` gives, and the entropies log Z - sum of p z, all (n,), by the probabilities, which these need.
+    """What `draw` gives, and the entropies log Z - sum of p z, all (n,).
 
     On a CPU a few rows at a time, which stay in the cache, and no second (n, V) table stands beside the logits.
     """
     size, parts = len(logits) if logits.is_cuda else max(HeadLogprobs.BLOCK // logits.shape[1], 1), []
     for z, u in zip(logits.split(size), uniform.split(size)):
-        probs = z.softmax(dim=-1)
-        blocks = vocabulary_blocks(probs)
-        block, rest = invert(blocks.sum(dim=-1), u[:, None])
-        chosen = of_block(blocks, block)
-        index, _ = invert(chosen, rest)
-        token, logprob = (block * blocks.shape[2] + index)[:, 0], chosen.gather(1, index)[:, 0].log()
-        log_z = z.gather(1, token[:, None])[:, 0] - logprob
-        parts.append((token, logprob, log_z - probs.mul_(z).sum(dim=-1)))
+        z = z - z.amax(dim=-1, keepdim=True)
+        weights = z.exp()
+        blocks = vocabulary_blocks(weights)
+        totals = blocks.sum(dim=-1)
+        block, rest = invert(totals, u[:, None])
+        index, _ = invert(of_block(blocks, block), rest)
+        token, total = block * blocks.shape[2] + index, totals.sum(dim=-1)
+        logprob = z.gather(1, token)[:, 0] - total.log()
+        parts.append((token[:, 0], logprob, total.log() - weights.mul_(z).sum(dim=-1) / total))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -3112,7 +3124,7 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         for name, tensors in weights.items():
             safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
         saved = {"state": state, "position": prompts.position, "optimizer": optimizer.state_dict() | {"state": moments}}
-        torch.save(saved | {"random_states": random_states}, partial / "state.pt")
+        torch.save(saved | {"random_states": random_states, "script": run.script}, partial / "state.pt")
         digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
     # Newer ones than this were damaged when the run was resumed: they do not count.
@@ -3191,6 +3203,8 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         ) from error
     if "random_states" not in saved:
         raise UserError(f"--resume {run.args.resume}: {folder} was written by another version of this project")
+    if saved.get("script", run.script) != run.script:
+        run.warn(f"this run was begun by {saved['script']}.py and goes on with {run.script}.py")
     python, torchs, numpys = saved["random_states"][run.rank % len(saved["random_states"])]
     random.setstate(python), torch.set_rng_state(torchs), numpy.random.set_state(numpys)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

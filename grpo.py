@@ -48,7 +48,7 @@ class Args:
     reward: list[str] = flag(
         [], "exact, gsm8k, countdown, format, or file.py:function; may be repeated (default: gsm8k for gsm8k, else exact)"
     )
-    reward_weights: list[float] = flag([], "a number for each --reward, then one for --reward-model (default: 1 each)")
+    reward_weights: list[float] = flag([], "one for each --reward, then one for --reward-model (default: 1 each)")
     reward_model: str | None = flag(help="a sequence-classification model, beside --reward or, where none is given, alone")
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
     # Sampling
@@ -77,7 +77,7 @@ class Args:
     ref_refresh: int = flag(0, "steps after which the reference becomes the current policy; 0: never", at_least=0)
     tis_cap: float = flag(2.0, "bound of the weights that correct for a sampler in lower precision; 0: none", at_least=0)
     dynamic_sampling: bool = flag(False, "sample other prompts in place of those whose answers all score the same")
-    max_resamples: int = flag(3, "times a step, at most, that --dynamic-sampling does so", at_least=1, at_most=8)
+    max_resamples: int = flag(3, "rounds of --dynamic-sampling in a step", at_least=1, at_most=8)
     overlong_buffer: int = flag(0, "last tokens before --max-new-tokens, which cost up to 1 point; 0: none do", at_least=0)
     update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
     num_minibatches: int = flag(tiny=2, real=1, help="optimiser steps a pass", at_least=1)
@@ -97,7 +97,7 @@ class Args:
     eval_every: int = flag(50, "steps between evaluations; 0: only before and after", at_least=0)
     eval_prompts: int = flag(500, "held-out prompts at most", at_least=1)
     eval_samples: int = flag(0, "n samples a prompt for pass@k, k = 1, 2, 4, ..., n; 0: greedy accuracy only", at_least=0)
-    eval_reward: str | None = flag(help="what evaluation counts as right where it gives 1 (default: the first --reward)")
+    eval_reward: str | None = flag(help="evaluation counts as right what it gives at least 1 (default: the first --reward)")
     save_every: int = flag(0, "steps between checkpoints; 0: none", at_least=0)
     keep_checkpoints: int = flag(2, "checkpoints kept", at_least=1)
     output_dir: str | None = flag(help="the run's folder (default: a new one under runs/)")
@@ -251,7 +251,7 @@ def main(args: Args) -> int:
     # ---- Set-up: what can be wrong without a model is found before one loads ----
     defaults = fill_in_defaults_of_loss(args)
     check_flags(args)
-    run = common.Run(args, "grpo")
+    run = common.Run(args)
     G = args.group_size
     if args.loss != "grpo" and defaults:
         run.say(f"--loss {args.loss}, by its paper: " + ", ".join(f"{name} {value}" for name, value in defaults.items()))
@@ -259,8 +259,9 @@ def main(args: Args) -> int:
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     tokenizer, config = common.load_tokenizer_and_config(args)
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
-    prompts = common.PromptStream(train_prompts, args.seed)
+    prompts = common.PromptStream(train_prompts, args.seed)  # every epoch in a new random order
     policy, end_ids = common.load_policy(args, run, tokenizer)
+    # What changes the model's layers belongs here: the reference and the sampler are copies of it.
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
     sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)
     common.check_model(run, policy, sampler, tokenizer)
@@ -284,9 +285,9 @@ def main(args: Args) -> int:
         # ---- Rollout: G completions of each of N prompts ----
         run.phase("rollout")
         sampler.refresh(policy)  # on GPUs the sampler has a copy of its own in bfloat16
-        step_prompts = [prompt for prompt in run.share(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
+        step_prompts = [prompt for prompt in run.own_part(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
         # One number a token (B, C), drawn by seed, step and sequence: neither batches nor processes change what is sampled.
-        uniforms = run.share(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
+        uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
         # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
         texts, token_ids = common.decode(tokenizer, rollout)
@@ -319,21 +320,22 @@ def main(args: Args) -> int:
             warn_of_process_supervision(run, rollout, scores)
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
-        on_policy = args.update_epochs * args.num_minibatches == 1  # the policy is still the one that sampled
+        # One update a rollout: the policy is still the one that sampled, so pi_old = pi. (If you replay rollouts: False.)
+        on_policy = args.update_epochs * args.num_minibatches == 1
         if not on_policy:
             rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
         run.phase("update")
         lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
         common.set_learning_rate(optimizer, lr_share)
         for epoch in range(args.update_epochs):
-            for groups in run.minibatches(step * args.update_epochs + epoch):  # a group stays together: its prompt runs once
+            for groups in run.minibatches(step * args.update_epochs + epoch):  # groups are not split: a prompt runs once
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
                 # Counted before the minibatch is split, so that splitting it changes no gradient.
                 sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
 
-                def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch
+                def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; what it returns is summed
                     mask = batch.completion_mask  # (b, C)
-                    # A sampler in float32 (is_exact) has seen these log-probs already: then only their gradient is made.
+                    # A sampler in float32 (is_exact) has these log-probs already: then only their gradient is computed.
                     logprobs, entropy = common.completion_logprobs(
                         policy, batch, args.temperature, with_entropy=True, from_sampler=on_policy and sampler.is_exact
                     )
@@ -358,10 +360,10 @@ def main(args: Args) -> int:
                 common.accumulate_gradients(run, loss_of, minibatch, optimizer, means)
                 means.add("losses/grad_norm", common.clip_and_step(run, [policy], optimizer))
 
-        # ---- Log, evaluate, save ----
+        # ---- Log, evaluate, save: `means` average over the step, `metrics` are its single numbers ----
         mask = rollout.completion_mask  # (B, C)
-        teaches_nothing = (rollout.advantages.view(len(rollout) // G, -1) == 0).all(dim=1)  # (N,)
-        means.add("reward/frac_zero_std", teaches_nothing)
+        without_advantage = (rollout.advantages.view(len(rollout) // G, -1) == 0).all(dim=1)  # (N,)
+        means.add("reward/frac_zero_std", without_advantage)
         if reference is not None:
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
             k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")

@@ -166,7 +166,7 @@ def gradient_noise(seed, batches=64, fit=100):
     import ppo
 
     args = common.parse_args(ppo.Args, ["--seed", str(seed), "--device", "cpu"])
-    run = common.Run(args, "ladder")
+    run = common.Run(args)
     tokenizer = common.tiny_tokenizer()
     policy, end_ids = common.load_policy(args, run, tokenizer)
     rows = common.load_rows("addition", "train")

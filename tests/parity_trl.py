@@ -48,7 +48,7 @@ def theirs(seed):
     import grpo
 
     args = common.parse_args(grpo.Args, ["--seed", str(seed), "--device", "cpu"])
-    run = common.Run(args, "parity_trl")
+    run = common.Run(args)
     tokenizer = common.tiny_tokenizer()
     policy, end_ids = common.load_policy(args, run, tokenizer)  # warm-started, the same for both
     rewards, eval_reward = common.load_all_rewards(args, run)

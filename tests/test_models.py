@@ -199,7 +199,7 @@ def test_reward_model_with_a_tokenizer_of_its_own_scores_prompt_and_completion(t
     folder = train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward-model", tmp_path / "judge")
     assert math.isfinite(helpers.scalars(folder)["reward/reward_model"][-1])
     args = common.parse_args(grpo.Args, ["--reward-model", str(tmp_path / "judge"), "--device", "cpu"])
-    reward = common.load_reward_model(args, common.Run(args, "test"))
+    reward = common.load_reward_model(args, common.Run(args))
     got = reward(prompts=["ab", "abc", "b"], completions=["c", "d", "aaaa"])
     for text, score in zip(["abc", "abcd", "baaaa"], got):
         ids = torch.tensor([[2, *(WORDS.index(c) for c in text)]])
@@ -215,7 +215,7 @@ def test_reward_model_without_a_pad_token_scores_several_completions_at_once(tmp
         judge = transformers.AutoModelForSequenceClassification.from_config(config)
         judge.save_pretrained(tmp_path)
         args = common.parse_args(grpo.Args, ["--reward-model", str(tmp_path), "--device", "cpu"])
-        got = common.load_reward_model(args, common.Run(args, "test"))(prompts=["ab", "b"], completions=["c", "dc"])
+        got = common.load_reward_model(args, common.Run(args))(prompts=["ab", "b"], completions=["c", "dc"])
         for text, score in zip(["abc", "bdc"], got):
             assert score == pytest.approx(judge.eval()(torch.tensor([[WORDS.index(c) for c in text]])).logits.item(), abs=1e-5)
 
@@ -237,7 +237,7 @@ def test_a_reward_model_reads_system_messages_and_begun_replies(tmp_path, templa
     args = common.parse_args(grpo.Args, ["--reward-model", str(tmp_path), "--device", "cpu"])
     system, user, begun = ({"role": role, "content": text} for role, text in [("system", "b"), ("user", "a"), ("assistant", "c")])
     prompts, completion = [[user], [user, begun], [system, user]], [{"role": "assistant", "content": "d"}]
-    got = common.load_reward_model(args, common.Run(args, "test"))(prompts=prompts, completions=[completion] * 3)
+    got = common.load_reward_model(args, common.Run(args))(prompts=prompts, completions=[completion] * 3)
     for text, score in zip(["uaead", "uaeacd", f"{with_system}ad"], got):
         ids = torch.tensor([tokenizer(text).input_ids])
         assert score == pytest.approx(judge.eval()(ids).logits.item(), abs=1e-5), text
