@@ -741,7 +741,6 @@ class PackedLayout:
     """
 
     SPLIT_FROM = 2**16  # scores a head; fewer are not worth a part of their own
-    QUERIES = 32  # of a block
 
     def __init__(self, prompt_lengths, group, lengths, device, cache=None):
         self.n, self.P, self.cache, self.masks = len(prompt_lengths), int(prompt_lengths.max()), cache, {}
@@ -784,17 +783,8 @@ class PackedLayout:
         for part, mask in zip(self.parts, masks):
             q, own_k, own_v = (pad(x[part.tokens], part.slots, len(part.group), part.C) for x in (query, key, value))
             part_k, part_v = (torch.cat([x.index_select(0, part.group), own], dim=2) for x, own in ((k, own_k), (v, own_v)))
-            out.append(unpad(self.in_blocks(q, part_k, part_v, scaling, mask), part.slots))
+            out.append(unpad(dot_product_attention(q, part_k, part_v, scaling, mask), part.slots))
         return torch.cat(out)
-
-    def in_blocks(self, query, key, value, scaling, mask):
-        """Attention of completions; on a CPU some queries at a time, without the keys that come after all of them."""
-        size, blocks = query.shape[2] if query.is_cuda else self.QUERIES, []
-        for first in range(0, query.shape[2], size):
-            some, seen = slice(first, first + size), self.P + first + size
-            block = query[:, :, some], key[:, :, :seen], value[:, :, :seen], scaling, mask[:, :, some, :seen]
-            blocks.append(dot_product_attention(*block))
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
     def mask(self, window, dtype):
         """Additive masks: (1, 1, P, P), None if plainly causal, and (b, 1, C, P + C) of each part.

@@ -27,7 +27,6 @@ def size(request, monkeypatch):
     if request.param == "large":
         monkeypatch.setattr(common, "is_short", lambda query, key: False)
         monkeypatch.setattr(common.PackedLayout, "SPLIT_FROM", 0)
-        monkeypatch.setattr(common.PackedLayout, "QUERIES", 3)
         monkeypatch.setattr(common.HeadLogprobs, "BLOCK", 1)  # a block still holds 128 columns
         monkeypatch.setattr(common, "PACK_FROM", 0)
 
