@@ -490,7 +490,21 @@ def test_a_changed_model_samples_through_transformers(llama):
     assert not fits(lambda backbone: setattr(backbone.layers[0].self_attn, "q_proj", Adapter(16, 16)))
     assert not fits(lambda backbone: backbone.layers[1].register_forward_hook(lambda *_: None))
     assert not fits(lambda backbone: backbone.norm.register_forward_pre_hook(lambda *_: None))
+    assert not fits(lambda backbone: setattr(backbone.layers[0].mlp, "forward", lambda x: x))
     assert not common.PlainForward.fits(helpers.make_model("gemma")) and not common.PlainForward.fits(helpers.make_model("mixtral"))
+
+
+@pytest.mark.parametrize("from_sampler", [False, True])
+def test_an_entropy_bonus_has_the_gradient_of_plain_autograd(llama, from_sampler):
+    model, reference = copy.deepcopy(llama), helpers.eager_double(llama)
+    reference.get_input_embeddings().padding_idx = None  # here the pad is a token like any other
+    rollout = sample(model)
+    _, entropy = common.completion_logprobs(model, rollout, 1.0, with_entropy=True, from_sampler=from_sampler)
+    entropy.sum().backward()
+    for row, (n, completion) in enumerate(zip(rollout.lengths.tolist(), rollout.completion_ids.tolist())):
+        log_p = helpers.brute_distribution(reference, PROMPTS[rollout.prompt_index[row]], completion[:n])
+        (-log_p.exp() * log_p).sum().backward()
+    helpers.assert_same_gradients(helpers.gradients(model), helpers.gradients(reference))
 
 
 @pytest.mark.parametrize(  # PlainForward, and not; the sampler's precision
@@ -725,6 +739,14 @@ def test_select_takes_rows_and_trims_columns_to_their_longest():
         assert part.completion_ids[b, : part.lengths[b]].tolist() == completions[row]
         assert part.prompt_ids[b, 8 - part.prompt_lengths[b] :].tolist() == prompts[row]
     assert rollout.completion_ids.shape == (6, 9)  # untouched
+
+
+def test_select_takes_along_what_a_script_has_added():
+    rollout, *_ = helpers.ragged_rollout()
+    rollout.weights, rollout.bonus = torch.arange(6), torch.arange(6.0)[:, None] + torch.zeros(rollout.completion_ids.shape)
+    part = rollout.select(torch.tensor([3, 0]))  # 2 tokens and 1
+    assert part.weights.tolist() == [3, 0] and part.bonus.tolist() == [[3.0, 3.0], [0.0, 0.0]]
+    assert len(rollout.weights) == 6 and rollout.select(torch.tensor([1])).weights.tolist() == [1]
 
 
 @pytest.mark.parametrize("lengths", [(2, 5), (12, 15)])  # of prompts and completions that come: shorter, longer

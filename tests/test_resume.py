@@ -354,6 +354,16 @@ def test_flags_that_may_change(stopped, undisturbed):
     assert_same_end(stopped, undisturbed["grpo"])
 
 
+def test_a_copied_script_goes_by_its_own_name(stopped, undisturbed, tmp_path, capsys):
+    shutil.copy(runs.ROOT / "grpo.py", tmp_path / "mine.py")
+    mine = common.import_file(str(tmp_path / "mine.py"))
+    args = common.parse_args(mine.Args, ["--resume", str(stopped)])
+    assert common.Run(args).script == "mine"
+    assert mine.main(args) == 0
+    assert "warning: this run was begun by grpo.py and goes on with mine.py" in capsys.readouterr().out
+    assert_same_end(stopped, undisturbed["grpo"])
+
+
 def refusal(argv, script="grpo"):
     """What is said when the script refuses: status 2 and one line."""
     with pytest.raises(common.UserError) as error:
