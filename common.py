@@ -1051,7 +1051,7 @@ class HeadLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 add_product(grad_weight[block], grad.t(), states, keep=0)
         # Probabilities add up to 1. Not asked on a GPU, where reading a number would wait.
-        if ctx.is_known and not states.is_cuda and not (seen - 1).abs().mean() < 0.01:
+        if ctx.is_known and not states.is_cuda and (seen - 1).abs().mean() > 0.01:
             raise UserError(
                 "completion_logprobs(from_sampler=True): the model is not the one that sampled; "
                 "for other rollouts than its last, and after an update, leave from_sampler out"
