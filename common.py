@@ -139,8 +139,10 @@ def parse_args(Args, argv=None):
     saved = saved_arguments(Path(given["resume"]))
     for name, value in given.items():
         if name not in RESUME_MAY_CHANGE and value != saved.get(name):
+            may = ", ".join("--" + other.replace("_", "-") for other in sorted(RESUME_MAY_CHANGE - {"resume"}))
             raise UserError(
-                f"--{name.replace('_', '-')} may not change on --resume: the run was started with {saved.get(name)}"
+                f"--{name.replace('_', '-')} may not change on --resume: the run was started with {saved.get(name)}; "
+                f"these may: {may}"
             )
     known = {f.name for f in dataclasses.fields(Args)}
     if set(saved) - known:
