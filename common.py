@@ -1550,7 +1550,7 @@ def checkpoint_layers(model):
 
 
 def load_config(name, flag_name, args):
-    find_hub(name)
+    find_hub(name, flag_name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # transformers checks little of what stands in a config: anything may come of it
@@ -1576,19 +1576,24 @@ def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention
 
 
 def load_tokenizer(name, flag_name, args):
-    find_hub(name)
+    find_hub(name, flag_name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:
         raise UserError(f"{flag_name} {name}: no tokenizer could be loaded: {why_not_loaded(error)}") from error
 
 
-def find_hub(name):
+def find_hub(name, flag_name, kind="folder"):
     """Before `name` is loaded: if it is no path and the hub cannot be reached, only the hub's cache is looked into.
 
-    Else its client tries ten times, which takes up to a minute, and prints every try.
+    Else its client tries ten times, which takes up to a minute, and prints every try. Raises UserError for a name that is
+    neither a path nor a hub id.
     """
-    if os.path.exists(name) or huggingface_hub.constants.HF_HUB_OFFLINE:
+    if os.path.exists(name):
+        return
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):  # ./name is of that form but for its first character
+        raise UserError(f"{flag_name} {name}: there is no such {kind}")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
@@ -2023,7 +2028,8 @@ def fetch_gsm8k(split: str) -> Path:
 def read_hub_dataset(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
     """Yields ("id row n", row) of a hub dataset "id" or "id:config", through the datasets library."""
     name, _, config = dataset.partition(":")
-    find_hub(name)
+    flag_name = "--dataset" if split == "train" else "--eval-dataset"
+    find_hub(name, flag_name, "file or folder")
     try:
         import datasets  # reads at import whether the hub was found
     except ImportError:
@@ -2034,7 +2040,6 @@ def read_hub_dataset(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # its own kinds, for a wrong id, config or split and for no network
-        flag_name = "--dataset" if split == "train" else "--eval-dataset"
         raise UserError(f"{flag_name} {dataset}, split {split}: {one_line(error)}") from error
     for number, row in enumerate(loaded):
         yield f"{dataset} row {number}", dict(row)

@@ -564,6 +564,7 @@ BAD_INPUT = {
     "--dataset good.jsonl --answer-column result": "--answer-column",
     "--dataset no_answer.jsonl": "answer",
     "--dataset nosuch/nosuch": "nosuch/nosuch",
+    "--dataset ./nosuch/rows.json": "--dataset ./nosuch/rows.json: there is no such file or folder",
     "--eval-dataset nosuch.jsonl": "nosuch.jsonl",
     "--ref-refresh 2 --kl-coef 0": "--ref-refresh: with --kl-coef 0",
     "--overlong-buffer 6": "--overlong-buffer 6: more than --max-new-tokens 5",
@@ -612,10 +613,13 @@ def test_bad_input_is_one_line_and_status_2_before_a_model_loads(script, with_fi
 BAD_WITH_TOKENIZER = {
     "--model nosuch": "--model nosuch",
     "--model full": "--model full",
+    "--model ./no/such": "--model ./no/such: there is no such folder",
+    "--model ./none": "--model ./none: there is no such folder",
     "--model DIR --system-prompt Hello": "--system-prompt",
     "--model DIR --max-prompt-tokens 3": "--max-prompt-tokens 3",
     "--model DIR --max-new-tokens 100": "--max-new-tokens 100",
     "--model DIR --reward-model nosuch": "--reward-model nosuch",
+    "--model DIR --reward-model no/such/dir/at/all": "--reward-model no/such/dir/at/all: there is no such folder",
 }
 
 
@@ -631,6 +635,8 @@ def test_what_the_tokenizer_shows_is_refused_before_the_weights_load(
 def test_a_critic_that_is_not_there_is_refused_before_a_model_loads(script, with_files, no_model_loads, capfd):
     assert script("--device", "cpu", "--critic-model", "full", module=ppo) == 2
     assert capfd.readouterr().err.startswith("ppo.py: error: --critic-model full: cannot be loaded: ")
+    assert script("--device", "cpu", "--critic-model", "../none", module=ppo) == 2
+    assert capfd.readouterr().err == "ppo.py: error: --critic-model ../none: there is no such folder\n"
 
 
 def test_a_default_folder_that_cannot_be_made_is_refused_before_a_model_loads(script, with_files, no_model_loads, capfd):
