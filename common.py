@@ -80,6 +80,11 @@ class UserError(Exception):
     """Something that the user must mend; the scripts print it as one line and exit with status 2."""
 
 
+def one_line(error: BaseException) -> str:
+    """Type and message of a foreign error on one line of bounded length, to stand in the line of a UserError."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+
+
 def flag(default=None, help="", *, tiny=None, real=None, at_least=None, above=None, at_most=None, choices=None):
     """A field of a script's `Args`. `tiny` and `real` are the defaults for the built-in model and for any other one."""
     if tiny is not None or real is not None:
@@ -197,7 +202,7 @@ def run_script(main, Args):
     except (UserError, torch.cuda.OutOfMemoryError) as error:
         text = " ".join(str(error).split())
         if not isinstance(error, UserError):  # outside of the micro-batches, which shrink by themselves
-            text = f"out of GPU memory: take fewer --prompts-per-step or --max-new-tokens ({first_line(error)})"
+            text = f"out of GPU memory: take fewer --prompts-per-step or --max-new-tokens ({one_line(error)})"
         if store is None or store.add("errors", 1) == 1:  # of several processes the first one says it and ends all
             print(f"{script}: error: {text}", file=sys.stderr, flush=True)
             if store is not None:
@@ -300,7 +305,7 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
     try:
         return {**json.loads(path.read_text())}
     except (OSError, ValueError, TypeError) as error:  # no JSON, or no object
-        raise UserError(f"--resume: {path} cannot be read: {first_line(error)}") from error
+        raise UserError(f"--resume: {path} cannot be read: {one_line(error)}") from error
 
 
 class Run:
@@ -1606,11 +1611,7 @@ def why_not_loaded(error):
         return "its family keeps to attention of its own, which this project does not run"
     if "trust_remote_code" in str(error):
         return "it comes with code of its own; --trust-remote-code lets that run on this machine"
-    return first_line(error) if isinstance(error, (OSError, ValueError, RuntimeError)) else one_line(error)
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return one_line(error)
 
 
 def without_noise(config):
@@ -1693,7 +1694,7 @@ def compile_layers(*models):
     try:
         torch.compile(torch.neg)(torch.ones(2, device=next(models[0].parameters()).device))
     except Exception as error:  # of whichever of its parts is missing
-        raise UserError(f"--compile: torch.compile does not work here: {first_line(error)}") from error
+        raise UserError(f"--compile: torch.compile does not work here: {one_line(error)}") from error
     AttentionInterface.register("flat_row", torch.compiler.disable(flat_row_attention))
     for module in nn.ModuleList(model for model in models if model is not None).modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -1915,11 +1916,6 @@ class Row(dict):
     """A row of a dataset that knows where it was read."""
 
     place = ""
-
-
-def one_line(error: BaseException) -> str:
-    """Type and message of an exception on one line of bounded length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
 
 
 def load_rows(dataset: str, split: str, prompt_column: str = "prompt", answer_column: str = "answer") -> list[dict]:
@@ -3152,7 +3148,7 @@ def complete_or_absent(run, folder: Path, what: str):
         partial.rename(folder)
     except Exception as error:  # of whichever library writes: tokenizers raises no more than this where a disk is full
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"--output-dir {run.folder}: {what} cannot be written: {first_line(error)}") from error
+        raise UserError(f"--output-dir {run.folder}: {what} cannot be written: {one_line(error)}") from error
 
 
 def weights_of(model) -> dict[str, Tensor]:
@@ -3223,7 +3219,7 @@ def newest_checkpoint(run, files: list[str]) -> Path:
                     raise ValueError(f"{name} is not what was written")
             return folder
         except (OSError, ValueError) as error:
-            run.warn(f"{folder} is damaged ({first_line(error)}); taking the one before")
+            run.warn(f"{folder} is damaged ({one_line(error)}); taking the one before")
     raise UserError(f"--resume {run.args.resume}: no undamaged checkpoint there")
 
 

@@ -331,6 +331,17 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capfd):
     assert "Retrying" not in capfd.readouterr().err
 
 
+def test_all_that_transformers_says_of_an_error_is_said_on_one_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("take one of:\n(1) a file\n\n(2) " + "x" * 999)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    args = common.parse_args(grpo.Args, ["--model", str(tmp_path)])
+    with pytest.raises(common.UserError, match=r"be loaded: ValueError: take one of: \(1\) a file \(2\) x+$") as error:
+        common.load_tokenizer(args.model, "--model", args)
+    assert len(str(error.value)) < 400 + len(args.model)
+
+
 def test_critic_starts_from_another_model(tmp_path, texts, reward_file):
     model, critic = save_model(tmp_path / "model"), save_model(tmp_path / "critic", "qwen2")
     train(ppo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b", "--critic-model", critic)
