@@ -2633,9 +2633,10 @@ def check_columns(rewards: list[Reward], columns: list[str]):
         for parameter in parameters(reward.function):
             demanded = parameter.kind in by_name and parameter.default is parameter.empty
             if demanded and parameter.name not in [*columns, *CALL_ARGUMENTS]:
+                hint = "; name the right one with --answer-column" if parameter.name == "answer" else ""
                 raise UserError(
                     f"reward {reward.name} needs a column '{parameter.name}', which the dataset lacks "
-                    f"(beside prompts it has {', '.join(columns) or 'none'})"
+                    f"(beside prompts it has {', '.join(columns) or 'none'}){hint}"
                 )
 
 

@@ -468,8 +468,10 @@ def test_missing_column_is_named_before_and_during_a_run():
     rewards = common.load_rewards(["format", "exact"])
     common.check_rewards(rewards, [{"prompt": "p", "answer": "x"}])
     for check in (lambda: common.check_rewards(rewards, [{"prompt": "p", "level": 1}]), lambda: run(rewards, ["a"])):
-        with pytest.raises(common.UserError, match="reward exact needs a column 'answer'"):
+        with pytest.raises(common.UserError, match="reward exact needs a column 'answer'.*; name .* with --answer-column$"):
             check()
+    with pytest.raises(common.UserError, match=r"reward f0 needs a column 'gold', .*\)$"):
+        run([lambda completions, gold: [0.0]], ["a"])
 
 
 def test_built_in_rewards_look_at_the_answers_before_a_run():
