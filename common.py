@@ -2055,13 +2055,17 @@ def tokenize_prompts(
     texts = [with_system_prompt(row["prompt"], system_prompt) for row in rows]
     if any(map(begins_with_system, texts)) and not shows_system_message(tokenizer):
         texts = [system_in_user_turn(text) for text in texts]
-    check_roles([(row, text) for row, text in zip(rows, texts) if isinstance(text, list)], tokenizer)
+    places = [  # what an error begins with; nothing for a text that --system-prompt made a chat: its row is not to blame
+        f"{row.place}: " if getattr(row, "place", "") and isinstance(row["prompt"], type(text)) else ""
+        for row, text in zip(rows, texts)
+    ]
+    check_roles([(place, text) for place, text in zip(places, texts) if isinstance(text, list)], tokenizer)
     plain_ids = iter(text_ids([text for text in texts if isinstance(text, str)], tokenizer))
     prompts = []
-    for row, prompt in zip(rows, texts):
-        ids = chat_ids(prompt, tokenizer) if isinstance(prompt, list) else next(plain_ids)
+    for row, prompt, place in zip(rows, texts, places):
+        ids = chat_ids(prompt, tokenizer, place) if isinstance(prompt, list) else next(plain_ids)
         if not ids:
-            raise UserError(f"the prompt {str(prompt)[:60]!r} gives no tokens with this model's tokenizer")
+            raise UserError(f"{place}the prompt {str(prompt)[:60]!r} gives no tokens with this model's tokenizer")
         prompts.append(Prompt(ids, prompt, {name: value for name, value in row.items() if name != "prompt"}))
     kept = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_tokens]
     if not kept:
@@ -2102,25 +2106,24 @@ def system_in_user_turn(prompt: str | list[dict]) -> str | list[dict]:
     return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
-def check_roles(chats: list[tuple[dict, list[dict]]], tokenizer):
+def check_roles(chats: list[tuple[str, list[dict]]], tokenizer):
     """Raises UserError for a role whose messages the chat template leaves out; looks at the first message of each."""
     seen = set()
-    for row, chat in chats:
+    for place, chat in chats:
         for i, message in enumerate(chat):
             if message["role"] not in seen:
                 seen.add(message["role"])
                 longer = [*chat[:i], message | {"content": message["content"] + " and so on"}, *chat[i + 1 :]]
-                if chat_ids(longer, tokenizer) == chat_ids(chat, tokenizer):
-                    place = getattr(row, "place", "a prompt")
-                    raise UserError(f"{place}: the chat template leaves out messages of the role {message['role']!r}")
+                if chat_ids(longer, tokenizer, place) == chat_ids(chat, tokenizer, place):
+                    raise UserError(f"{place}the chat template leaves out messages of the role {message['role']!r}")
 
 
-def chat_ids(chat: list[dict], tokenizer) -> list[int]:
+def chat_ids(chat: list[dict], tokenizer, place: str = "") -> list[int]:
     """Tokens of a chat up to where the reply begins, or goes on if the chat ends with an assistant's."""
     if not tokenizer.chat_template:
         raise UserError(
-            "this model's tokenizer has no chat template: "
-            "leave --system-prompt out and give prompts as text, or take a chat model"
+            f"{place}this model's tokenizer has no chat template, which chats and --system-prompt need: "
+            "give prompts as texts, or take a chat model"
         )
     begun = chat[-1]["role"] == "assistant"
     try:
@@ -2128,7 +2131,7 @@ def chat_ids(chat: list[dict], tokenizer) -> list[int]:
             chat, add_generation_prompt=not begun, continue_final_message=begun, return_dict=False
         )
     except Exception as error:  # templates refuse in their own words ("System role not supported")
-        raise UserError(f"the chat template refuses the prompt {str(chat)[:60]!r} ({one_line(error)})") from error
+        raise UserError(f"{place}the chat template refuses the prompt {str(chat)[:60]!r} ({one_line(error)})") from error
 
 
 def text_ids(texts: list[str], tokenizer) -> list[list[int]]:

@@ -309,6 +309,25 @@ def test_tokenising_errors():
         assert named in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_chat_that_the_model_cannot_take_is_named_by_its_place_but_not_for_the_system_prompt(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "hi"}, {"prompt": CHAT}, {"prompt": "no"})
+    rows = common.load_rows(path, "train")
+    refuses = make_tokenizer(template="{% if messages[0].content == 'hi' %}{{ raise_exception('') }}{% endif %}" + TEMPLATE)
+    silent = make_tokenizer()
+    silent.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("no", "")
+    for some, tokenizer, system_prompt, said in [
+        (rows, make_tokenizer(), None, f"{path}:2: this model's tokenizer has no chat template, which chats and --system"),
+        (rows, make_tokenizer(), "be", "this model's tokenizer has no chat template, which chats and --system-prompt need"),
+        (rows, refuses, None, f"{path}:2: the chat template refuses"),
+        (rows, refuses, "", "the chat template refuses"),
+        (rows[1:2], make_tokenizer(template="{% if true %}{% endif %}"), None, f"{path}:2: "),
+        (rows[2:], silent, None, f"{path}:3: the prompt 'no' gives no tokens"),
+    ]:
+        with pytest.raises(common.UserError) as error:
+            common.tokenize_prompts(some, tokenizer, system_prompt, 100)
+        assert str(error.value).startswith(said)
+
+
 # ---------------------------------------------------------------- split and order
 
 
