@@ -1990,7 +1990,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
                 except UnicodeDecodeError:
                     raise UserError(f"{path}:{number}: not UTF-8; save the file in that encoding") from None
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}:{number}: not JSON ({one_line(error)})") from None
+                    raise UserError(f"{path}:{number}: not one JSON object a line ({one_line(error)})") from None
                 if isinstance(row, dict):
                     yield f"{path}:{number}", row
                 elif text.strip():

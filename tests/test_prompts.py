@@ -68,10 +68,11 @@ def test_columns_are_copied_over_prompt_and_answer(tmp_path):
 @pytest.mark.parametrize(
     "line, named",
     [
-        ("{", "not JSON"),
-        ('{"prompt": "p"} x', "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ('{"prompt": 1' + "0" * 5000 + "}", "not JSON"),
+        ("{", "not one JSON object a line (JSONDecodeError"),
+        (json.dumps([{"prompt": "p"}], indent=2), "not one JSON object a line (JSONDecodeError"),
+        ('{"prompt": "p"} x', "not one JSON object"),
+        ("[" * 100_000, "not one JSON object"),
+        ('{"prompt": 1' + "0" * 5000 + "}", "not one JSON object"),
         ("[1]", "not an object"),
         ("null", "not an object"),
         ("0", "not an object"),
