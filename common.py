@@ -2869,6 +2869,9 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
     metrics = means.reduce(run)
     if math.isnan(metrics["eval/accuracy"]):
         run.warn_once(f"{reward.name} gives None to all evaluation prompts, so no accuracy is known; look at --eval-reward")
+    if metrics["eval/accuracy"] == 0 and metrics["eval/reward"] > 0:
+        what = f"no evaluation answer gets 1 from {reward.name}, which is what counts as right"
+        run.warn_once(f"{what}; look at --eval-reward")
     return metrics
 
 

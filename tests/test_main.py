@@ -354,6 +354,15 @@ def test_evaluation_leaves_out_what_no_reward_applies_to():
     assert metrics["eval/pass@2"] == pytest.approx((1 + 0) / 2) and metrics["eval/pass@4"] == 0.0
 
 
+def test_an_evaluation_reward_that_gives_less_than_1_is_said_once(capsys):
+    run, tokenizer = helpers.make_run(max_new_tokens=2), common.tiny_tokenizer()
+    sampler = common.Sampler(common.tiny_model(tokenizer, 0), {tokenizer.eos_token_id}, 1.0, 2)
+    prompts = [common.Prompt(tokenizer(text).input_ids, text, {}) for text in ("1+1=", "1+2=")]
+    for scores, times in [([0.0, 0.0], 0), ([0.0, 1.0], 0), ([0.0, 0.9], 1), ([0.0, 0.9], 0)]:
+        common.evaluate(run, sampler, tokenizer, prompts, common.Reward("some", lambda completions, scores=scores: scores))
+        assert capsys.readouterr().out.count("warning: no evaluation answer gets 1 from some, which is what") == times
+
+
 def test_a_weight_does_not_change_what_evaluation_counts_as_right():
     args = grpo.Args(reward=["exact", "format"], reward_weights=[0.5, 2.0])
     rewards, eval_reward = common.load_all_rewards(args, None)
