@@ -2209,6 +2209,10 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
         run.say("the chat template has no place for a system message: it goes in front of the user's text")
     if args.model == "tiny" and any(set(str(prompt)) - set("0123456789+=") for prompt in given):
         run.warn("--model tiny reads digits, + and = only: whatever else the prompts hold is one unknown token to it")
+    asking = {"exact", "gsm8k"}.intersection(args.reward or ([] if args.reward_model else ["exact"]))
+    missing = sum(row.get("answer") is None for row in train_rows)
+    if asking and missing:
+        run.warn(f"{missing} of {len(train_rows)} rows have no answer and are not scored by {' and '.join(sorted(asking))}")
     has_text = system_prompt is None and any(isinstance(prompt, str) for prompt in given)
     run.leaves_template_unused = has_text and bool(tokenizer.chat_template)
     if run.leaves_template_unused:

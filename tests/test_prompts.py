@@ -262,6 +262,20 @@ def test_what_becomes_of_the_chat_template_is_said(capsys):
         assert unused not in quiet and no_place not in quiet and "--system-prompt" not in quiet
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [({}, "exact"), ({"reward": ["gsm8k", "format"]}, "gsm8k"), ({"reward": ["format"]}, ""), ({"reward_model": "m"}, "")],
+)
+def test_rows_without_an_answer_are_counted_where_a_reward_needs_one(capsys, flags, said):
+    run, config = helpers.make_run(model="m", dataset="d", **flags), transformers.LlamaConfig(vocab_size=50)
+    rows = [{"prompt": "hi", "answer": None if i < 3 else 0} for i in range(12)]
+    for train, warned in ((rows, bool(said)), (rows[3:], False)):
+        common.tokenize_train_and_eval(run.args, run, make_tokenizer(), config, train, rows[:2])
+        out = capsys.readouterr().out
+        assert ("rows have no answer" in out) == warned
+        assert not warned or f"warning: 3 of 12 rows have no answer and are not scored by {said}\n" in out
+
+
 def test_a_role_that_the_template_leaves_out_is_refused_by_its_place(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": CHAT}, {"prompt": [{"role": "human", "content": "what"}]})
     rows, knowing = common.load_rows(path, "train"), "{% if m.role in ['system', 'user', 'assistant'] %}<{{ m.role"
