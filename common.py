@@ -261,7 +261,7 @@ def check_new_folder(folder):
         raise UserError(f"--output-dir {folder}: {parents[0]} is a file")
     if parents[0] == Path(folder) and any(parents[0].iterdir()):
         raise UserError(
-            f"--output-dir {folder}: not empty, and nothing in it shall be overwritten (--resume goes on in a run)"
+            f"--output-dir {folder}: not empty, and nothing in it is overwritten (--resume goes on with a run)"
         )
     if not os.access(parents[0], os.W_OK):
         raise UserError(f"--output-dir {folder}: {parents[0]} cannot be written to")
@@ -565,8 +565,8 @@ class Run:
             "most completions are cut off at --max-new-tokens; raise it": 0.5 < cut < 1,
             "no reward function applied to any completion (all gave None), so nothing is learned; look at --reward":
                 math.isnan(metrics["reward/mean"]),
-            "all scores are equal, so nothing is learned; if they are not the best, look at --reward and the prompts":
-                metrics["reward/std"] == 0,
+            "all scores are equal, so nothing is learned; unless all answers are already right, "
+            "look at --reward and the prompts": metrics["reward/std"] == 0,
             "most groups have equal scores; take easier or harder prompts, or a larger --group-size": (
                 equal > 0.8 and metrics["reward/std"] > 0
             ),

@@ -580,7 +580,7 @@ BAD_INPUT = {
     "--overlong-buffer 6": "--overlong-buffer 6: more than --max-new-tokens 5",
     "--resume nosuch": "nosuch",
     "--resume full": "full",
-    "--output-dir full": "--output-dir full: not empty",
+    "--output-dir full": "--output-dir full: not empty, and nothing in it is overwritten (--resume goes on with a run)",
     "--output-dir rewards.py": "--output-dir rewards.py",
     "--output-dir rewards.py/run": "--output-dir rewards.py/run",
 }

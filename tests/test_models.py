@@ -360,7 +360,8 @@ def test_a_reward_that_cannot_teach_is_said(tmp_path, texts, capsys, script, sco
     model = save_model(tmp_path / "model")
     (tmp_path / "constant.py").write_text(f"def constant(completions, **_):\n    return [{score}] * len(completions)\n")
     train(script, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{tmp_path}/constant.py:constant")
-    assert "warning: all scores are equal" in capsys.readouterr().out
+    said = "warning: all scores are equal, so nothing is learned; unless all answers are already right, look at --reward"
+    assert said in capsys.readouterr().out
 
 
 def test_defaults_that_the_model_decides_are_said(tmp_path, texts, reward_file, capsys):
