@@ -1,7 +1,8 @@
 """Helpers of ppo.py and grpo.py: everything that carries no algorithm. Reading the scripts does not need this file.
 
 Sections: run set-up · rollouts and the flat row · log-probabilities and values · sampling · models and tokenizers ·
-prompts · rewards · evaluation · micro-batches and optimiser steps · statistics · checkpoints
+torch.compile and processes · the built-in model and task · prompts · built-in rewards · reward functions · evaluation ·
+micro-batches and optimiser steps · statistics · checkpoints
 """
 
 import argparse
@@ -1547,13 +1548,6 @@ def end_tokens(name, tokenizer, model) -> set[int]:
     return known
 
 
-def checkpoint_layers(model):
-    """Keep no activations inside the layers: the backward pass computes them again. Renamed in transformers 5.23."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    model.disable_input_require_grads()  # which only the other kind of checkpointing needs: a hook, so no `TiedWeight`
-
-
 def load_config(name, flag_name, args):
     find_hub(name, flag_name)
     try:
@@ -1632,6 +1626,13 @@ def without_dropout(model):
     return model.train()
 
 
+def checkpoint_layers(model):
+    """Keep no activations inside the layers: the backward pass computes them again. Renamed in transformers 5.23."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # which only the other kind of checkpointing needs: a hook, so no `TiedWeight`
+
+
 class Critic(nn.Module):
     """A transformer with a scalar head in place of the vocabulary's: the expected return before each token."""
 
@@ -1675,6 +1676,85 @@ def frozen_copy(model, compute_dtype=torch.float32):
     return frozen
 
 
+@torch.no_grad()
+def copy_weights(source, target):
+    """Copy the parameters of `source` into those of `target`, whatever the precision of the two."""
+    for a, b in zip(source.parameters(), target.parameters(), strict=True):
+        b.copy_(placed(whole(a), b))
+
+
+def check_model(run, model, sampler, tokenizer):
+    """Compare log-probs of sampler, trainer and transformers' own attention on random tokens, and say what was found.
+
+    Raises UserError for a model family that this project cannot run, or to which it gives other log-probs than transformers.
+    """
+    name = f"--model {run.args.model}: {type(model).__name__}"
+    try:
+        family_gap, sampler_gap = logprob_gaps(run, model, sampler)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is of a kind that this project does not run ({one_line(error)})") from error
+    if not family_gap < 1e-2:  # float32 rounds off some 1e-4 in a deep model, and a wrong family is off by far more
+        raise UserError(
+            f"{name} has a cache, positions or head of a kind that this project does not run (its log-probs differ by "
+            f"{family_gap:.2g} from those of transformers)"
+        )
+    ends = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in sampler.end_ids.tolist())
+    run.say(f"end tokens: {ends}; sampler and trainer differ by at most {sampler_gap:.1e} in log-prob")
+    if sampler_gap > 0.1:
+        run.warn("sampler and trainer disagree: --dtype float32 makes them agree")
+
+
+@torch.no_grad()
+def logprob_gaps(run, model, sampler) -> tuple[float, float]:
+    """Largest difference in log-prob of this project and transformers, both in float32, and of sampler and trainer.
+
+    Comes before `shard`: sharded layers compute in --dtype always, and only float32 tells a wrong family from rounding.
+    """
+    config, temperature, C = model.config.get_text_config(), sampler.temperature, min(sampler.C, 16)  # enough to tell
+    room = positions_of(config) or math.inf
+    prompts = [(run.uniforms(0, 3, min(n, room - C)) * config.vocab_size).long().tolist() for n in (5, 9)]
+    uniforms = run.uniforms(0, 4, 4, C)
+    sampler = copy.copy(sampler)  # its tables are made anew
+    sampler.C = C
+    rollout = sampler.sample(prompts, 2, uniforms)
+    with run.autocast():
+        trainer = completion_logprobs(model, rollout, temperature)
+    sampler_gap = (trainer - rollout.sampler_logprobs).abs().max()
+    if not sampler.is_exact:  # a sampler in float32 may round where one in bfloat16 does, but must not be wrong
+        rollout = Sampler(model, set(sampler.end_ids.tolist()), temperature, C).sample(prompts, 2, uniforms)
+    ours = completion_logprobs(model, rollout, temperature)
+    theirs = torch.zeros_like(ours)
+    model.set_attn_implementation("eager")
+    try:
+        for b, n in enumerate(rollout.lengths.tolist()):
+            prompt = prompts[b // 2]
+            ids = torch.tensor([prompt + rollout.completion_ids[b, :n].tolist()], device=run.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
+            theirs[b, :n] = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+    finally:
+        model.set_attn_implementation("flat_row")
+    gaps = [(x - theirs).abs().max() for x in (ours, rollout.sampler_logprobs)]
+    return float(torch.stack(gaps).max()), float(sampler_gap)
+
+
+def positions_of(config) -> int | None:
+    """How many tokens a text config has positions for; None: no bound is known (XLNet's -1 is none).
+
+    With longrope (Phi-3, Phi-4-mini) the original number: a longer sequence changes the positions of its neighbours.
+    """
+    positions, rope = getattr(config, "max_position_embeddings", None) or 0, getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        positions = rope.get("original_max_position_embeddings") or positions
+    return positions if positions > 0 else None
+
+
+# =============================================================================
+# torch.compile, and models split between processes
+# =============================================================================
+
+
 @functools.cache
 def fused(function):
     """The function compiled, the same one at every call: samplers come and go, programs stay."""
@@ -1699,13 +1779,6 @@ def compile_layers(*models):
     for module in nn.ModuleList(model for model in models if model is not None).modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
-
-
-@torch.no_grad()
-def copy_weights(source, target):
-    """Copy the parameters of `source` into those of `target`, whatever the precision of the two."""
-    for a, b in zip(source.parameters(), target.parameters(), strict=True):
-        b.copy_(placed(whole(a), b))
 
 
 def shard(run, model):
@@ -1745,6 +1818,11 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+# =============================================================================
+# The built-in model and task
+# =============================================================================
 
 
 def tiny_tokenizer():
@@ -1822,73 +1900,6 @@ def warm_start(model, tokenizer, run, target=0.22, batch_size=64, max_steps=1000
     run.say(
         f"warm start: {step} supervised steps in {time.time() - started:.1f} s, accuracy on training prompts {accuracy:.2f}"
     )
-
-
-def check_model(run, model, sampler, tokenizer):
-    """Compare log-probs of sampler, trainer and transformers' own attention on random tokens, and say what was found.
-
-    Raises UserError for a model family that this project cannot run, or to which it gives other log-probs than transformers.
-    """
-    name = f"--model {run.args.model}: {type(model).__name__}"
-    try:
-        family_gap, sampler_gap = logprob_gaps(run, model, sampler)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{name} is of a kind that this project does not run ({one_line(error)})") from error
-    if not family_gap < 1e-2:  # float32 rounds off some 1e-4 in a deep model, and a wrong family is off by far more
-        raise UserError(
-            f"{name} has a cache, positions or head of a kind that this project does not run (its log-probs differ by "
-            f"{family_gap:.2g} from those of transformers)"
-        )
-    ends = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in sampler.end_ids.tolist())
-    run.say(f"end tokens: {ends}; sampler and trainer differ by at most {sampler_gap:.1e} in log-prob")
-    if sampler_gap > 0.1:
-        run.warn("sampler and trainer disagree: --dtype float32 makes them agree")
-
-
-@torch.no_grad()
-def logprob_gaps(run, model, sampler) -> tuple[float, float]:
-    """Largest difference in log-prob of this project and transformers, both in float32, and of sampler and trainer.
-
-    Comes before `shard`: sharded layers compute in --dtype always, and only float32 tells a wrong family from rounding.
-    """
-    config, temperature, C = model.config.get_text_config(), sampler.temperature, min(sampler.C, 16)  # enough to tell
-    room = positions_of(config) or math.inf
-    prompts = [(run.uniforms(0, 3, min(n, room - C)) * config.vocab_size).long().tolist() for n in (5, 9)]
-    uniforms = run.uniforms(0, 4, 4, C)
-    sampler = copy.copy(sampler)  # its tables are made anew
-    sampler.C = C
-    rollout = sampler.sample(prompts, 2, uniforms)
-    with run.autocast():
-        trainer = completion_logprobs(model, rollout, temperature)
-    sampler_gap = (trainer - rollout.sampler_logprobs).abs().max()
-    if not sampler.is_exact:  # a sampler in float32 may round where one in bfloat16 does, but must not be wrong
-        rollout = Sampler(model, set(sampler.end_ids.tolist()), temperature, C).sample(prompts, 2, uniforms)
-    ours = completion_logprobs(model, rollout, temperature)
-    theirs = torch.zeros_like(ours)
-    model.set_attn_implementation("eager")
-    try:
-        for b, n in enumerate(rollout.lengths.tolist()):
-            prompt = prompts[b // 2]
-            ids = torch.tensor([prompt + rollout.completion_ids[b, :n].tolist()], device=run.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
-            theirs[b, :n] = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-    finally:
-        model.set_attn_implementation("flat_row")
-    gaps = [(x - theirs).abs().max() for x in (ours, rollout.sampler_logprobs)]
-    return float(torch.stack(gaps).max()), float(sampler_gap)
-
-
-def positions_of(config) -> int | None:
-    """How many tokens a text config has positions for; None: no bound is known (XLNet's -1 is none).
-
-    With longrope (Phi-3, Phi-4-mini) the original number: a longer sequence changes the positions of its neighbours.
-    """
-    positions, rope = getattr(config, "max_position_embeddings", None) or 0, getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        positions = rope.get("original_max_position_embeddings") or positions
-    return positions if positions > 0 else None
 
 
 # =============================================================================
@@ -2262,10 +2273,11 @@ class PromptStream:
         return batch
 
 
-# ------------------------------------------------------------------------------------------------
-# Built-in rewards. Completions are the model's text: parsed, never executed, and every step is
-# linear in their length, for a policy under training writes anything at all.
-# ------------------------------------------------------------------------------------------------
+# =============================================================================
+# Built-in rewards
+# =============================================================================
+# Completions are the model's text: parsed, never executed, and every step is linear in their length, for a policy under
+# training writes anything at all.
 
 
 def completion_text(completion: str | list[dict]) -> str:
