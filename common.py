@@ -1042,12 +1042,12 @@ class HeadLogprobs(torch.autograd.Function):
         # d logprob / d logits = scale (onehot - p), d entropy / d logits = -scale p (log p + entropy)
         g = (torch.zeros_like(log_z) if grad_logprobs is None else grad_logprobs[:, None]) * ctx.scale
         h = None if grad_entropy is None else grad_entropy[:, None] * ctx.scale
-        seen = 0.0
+        is_checked, seen = ctx.is_known and not states.is_cuda, 0.0  # reading a number would wait for a GPU
         for block in blocks:
             log_p = HeadLogprobs.logits(block, memory, states, low_weight, bias, ctx.scale).sub_(log_z)
             factor = -g if h is None else -g - h * (log_p + entropy[:, None])
             p = log_p.exp_()
-            if ctx.is_known:
+            if is_checked:
                 seen = seen + p.sum(dim=1)
             grad = p.mul_(factor)
             column, inside = HeadLogprobs.within(block, targets)
@@ -1058,8 +1058,7 @@ class HeadLogprobs(torch.autograd.Function):
             add_product(grad_states, grad, low_weight[block])
             if grad_weight is not None:
                 add_product(grad_weight[block], grad.t(), states, keep=0)
-        # Probabilities add up to 1. Not asked on a GPU, where reading a number would wait.
-        if ctx.is_known and not states.is_cuda and (seen - 1).abs().mean() > 0.01:
+        if is_checked and (seen - 1).abs().mean() > 0.01:  # probabilities add up to 1
             raise UserError(
                 "completion_logprobs(from_sampler=True): the model is not the one that sampled; "
                 "for other rollouts than its last, and after an update, leave from_sampler out"

@@ -16,6 +16,7 @@ Where this differs from the papers:
  2. The critic is a separate model with a scalar head that starts at 0; both models share one learning-rate schedule.
  3. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
  4. The learning rates decay linearly to 0.
+ 5. The old policy's log-probs are those of the sampler, if it computes in float32; else a pass of their own makes them.
 
 Letters: N prompts a step, G completions a prompt, B = N G sequences (b of them in a micro-batch), C completion tokens.
 Column t of every (B, C) tensor is completion token t.
