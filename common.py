@@ -647,7 +647,7 @@ class Rollout:
         columns = max(int(self.lengths[rows].max()), 1)
         device_rows, picked = to_device(rows, self.completion_ids.device), copy.copy(self)
         for name, x in vars(self).items():
-            if x is not None:
+            if isinstance(x, Tensor):
                 x = x[rows] if x.device == rows.device else x[device_rows]
                 setattr(picked, name, x if x.dim() == 1 or name == "prompt_ids" else x[:, :columns])
         return picked
