@@ -304,9 +304,12 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
     if not checkpoints_of(folder):
         raise UserError(f"--resume {folder}: no checkpoint there (--save-every writes them, and Ctrl-C)")
     try:
-        return {**json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError) as error:  # no JSON, or no object
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"--resume: {path} cannot be read: {one_line(error)}") from error
+    if not isinstance(saved, dict):
+        raise UserError(f"--resume {folder}: its args.json holds no arguments")
+    return saved
 
 
 class Run:
@@ -319,7 +322,7 @@ class Run:
         self.device = self.choose_device(args.device)
         self.compute_dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
         if not args.resume:
-            check_new_folder(args.output_dir or Path("runs", "new"))
+            check_new_folder(args.output_dir or Path("runs", f"{self.script}__"))  # the name of no run, which goes on
         if args.num_minibatches > args.prompts_per_step // self.world:
             share = f"{args.prompts_per_step // self.world} prompts of a step and process"
             raise UserError(f"--num-minibatches {args.num_minibatches} is more than the {share}")
@@ -592,10 +595,10 @@ class Run:
         text = "\n".join(f"| {' | '.join(row)} |" for row in table)
         self.writer.add_text("completions/samples", utf8(text), step)
         if step == self.args.steps:
-            one_line = [("prompt", "completion", "score")] + [
+            lines = [("prompt", "completion", "score")] + [
                 (prompt[-30:].replace("\n", " "), text[:38].replace("\n", " "), score[:8]) for prompt, text, score in rows
             ]
-            self.say("\n".join(f"{score:>8} {prompt:>30} {text}" for prompt, text, score in one_line))
+            self.say("\n".join(f"{score:>8} {prompt:>30} {text}" for prompt, text, score in lines))
 
 
 # =============================================================================
@@ -642,14 +645,17 @@ class Rollout:
     def select(self, rows: Tensor) -> "Rollout":
         """The sequences `rows` (CPU indices), with columns trimmed to the longest completion among them.
 
-        Tensors (B,) and (B, C) that a script adds, as in `rollout.weights = ...`, go along.
+        What a script adds, as in `rollout.weights = ...`, goes along: tensors (B, ...) and lists of B things.
         """
-        columns = max(int(self.lengths[rows].max()), 1)
+        C, columns = self.completion_ids.shape[1], max(int(self.lengths[rows].max()), 1)
         device_rows, picked = to_device(rows, self.completion_ids.device), copy.copy(self)
         for name, x in vars(self).items():
-            if isinstance(x, Tensor):
+            if isinstance(x, list):
+                setattr(picked, name, [x[i] for i in rows.tolist()])
+            elif x is not None:
                 x = x[rows] if x.device == rows.device else x[device_rows]
-                setattr(picked, name, x if x.dim() == 1 or name == "prompt_ids" else x[:, :columns])
+                is_by_token = x.dim() > 1 and x.shape[1] == C and name != "prompt_ids"
+                setattr(picked, name, x[:, :columns] if is_by_token else x)
         return picked
 
     def replace(self, rows: Tensor, other: "Rollout"):
@@ -1139,7 +1145,7 @@ class PlainForward:
 
     Queries, keys and values come out of one matrix product, gate and up of the MLP out of another; norms and rotary
     positions are fused, and with --compile all that stands between the products. The weights are the model's own. What
-    is no such model, or was changed (an adapter, a hook, a subclass), samples through `flat_forward`; `check_model`
+    is no such model, or was changed (an adapter, a hook, a subclass, another `forward`), samples through `flat_forward`; `check_model`
     compares either with transformers.
     """
 
@@ -1511,7 +1517,11 @@ def load_tokenizer_and_config(args):
     if args.model == "tiny":
         tokenizer = tiny_tokenizer()
         return tokenizer, tiny_config(tokenizer)
-    return load_tokenizer(args.model, "--model", args), load_config(args.model, "--model", args)
+    tokenizer, config = load_tokenizer(args.model, "--model", args), load_config(args.model, "--model", args)
+    with contextlib.suppress(AttributeError, ValueError):  # of models of sounds, pictures, ...
+        if isinstance(config.get_text_config().vocab_size, int):
+            return tokenizer, config
+    raise UserError(f"--model {args.model}: its config, a {type(config).__name__}, is not that of a causal language model")
 
 
 def load_policy(args, run, tokenizer):
@@ -2133,7 +2143,7 @@ def chat_ids(chat: list[dict], tokenizer, place: str = "") -> list[int]:
     if not tokenizer.chat_template:
         raise UserError(
             f"{place}this model's tokenizer has no chat template, which chats and --system-prompt need: "
-            "give prompts as texts, or take a chat model"
+            "give prompts as texts and leave --system-prompt out, or take a chat model"
         )
     begun = chat[-1]["role"] == "assistant"
     try:

@@ -261,7 +261,7 @@ def main(args: Args) -> int:
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     prompts = common.PromptStream(train_prompts, args.seed)  # every epoch in a new random order
     policy, end_ids = common.load_policy(args, run, tokenizer)
-    # What changes the model's layers belongs here: the reference and the sampler are copies of it.
+    # What changes the model's layers belongs here: the reference and, in bfloat16, the sampler are copies of it.
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
     sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)
     common.check_model(run, policy, sampler, tokenizer)

@@ -107,8 +107,6 @@ def check_flags(args: Args):
     """Refuses flags that would do nothing, and a --kl-horizon with which beta could become negative."""
     if args.critic_model and args.baseline == "none":
         raise common.UserError("--critic-model: with --baseline none there is no critic")
-    if args.critic_model:
-        common.load_config(args.critic_model, "--critic-model", args)  # fails here, before the policy loads
     batch = args.prompts_per_step * args.samples_per_prompt
     if args.kl_target is not None and not args.kl_coef:
         raise common.UserError("--kl-target: with --kl-coef 0 there is no reference; give the beta to begin with")
@@ -209,8 +207,10 @@ def main(args: Args) -> int:
     tokenizer, config = common.load_tokenizer_and_config(args)
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     prompts = common.PromptStream(train_prompts, args.seed)  # every epoch in a new random order
+    if args.critic_model:
+        common.load_config(args.critic_model, "--critic-model", args)  # a wrong one is told before the policy loads
     policy, end_ids = common.load_policy(args, run, tokenizer)
-    # What changes the model's layers belongs here: the reference and the sampler are copies of it.
+    # What changes the model's layers belongs here: the reference and, in bfloat16, the sampler are copies of it.
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
     critic = common.shard(run, common.load_critic(args, run, policy)) if args.baseline == "critic" else None
     sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)

@@ -165,7 +165,8 @@ def test_head_gradients_are_those_of_plain_autograd(monkeypatch, loss, has_bias,
     assert len(common.HeadLogprobs.blocks(states, vocabulary)[0]) == blocks
     leaves = [x.clone().requires_grad_() for x in (states, weight, bias) if x is not None]
     known = plain_logprobs(states, weight, bias, targets, scale) if is_known else None
-    got = common.HeadLogprobs.apply(*leaves, *[None] * (not has_bias), targets, scale, loss != "logprobs", known)
+    with_entropy = loss != "logprobs" or vocabulary == 300
+    got = common.HeadLogprobs.apply(*leaves, *[None] * (not has_bias), targets, scale, with_entropy, known)
 
     doubles = [x.double().requires_grad_() for x in (states, weight, bias) if x is not None]
     want = plain_logprobs(*doubles, *[None] * (not has_bias), targets, scale)
@@ -177,7 +178,7 @@ def test_head_gradients_are_those_of_plain_autograd(monkeypatch, loss, has_bias,
     for leaf, double in zip(leaves, doubles):
         # An entropy's gradient is a sum of larger terms: more is rounded off.
         torch.testing.assert_close(leaf.grad.double(), double.grad, atol=1e-5 if loss == "logprobs" else 1e-4, rtol=1e-5)
-    assert got[0].dtype == torch.float32 and got[1].requires_grad == (loss != "logprobs")
+    assert got[0].dtype == torch.float32 and got[1].requires_grad == with_entropy
 
 
 def test_head_without_gradient_of_the_weight():
@@ -744,7 +745,9 @@ def test_select_takes_rows_and_trims_columns_to_their_longest():
 def test_select_takes_along_what_a_script_has_added():
     rollout, *_ = helpers.ragged_rollout()
     rollout.weights, rollout.bonus = torch.arange(6), torch.arange(6.0)[:, None] + torch.zeros(rollout.completion_ids.shape)
+    rollout.texts, rollout.features = list("abcdef"), torch.arange(12).view(6, 2)
     part = rollout.select(torch.tensor([3, 0]))  # 2 tokens and 1
+    assert part.texts == ["d", "a"] and part.features.tolist() == [[6, 7], [0, 1]]
     assert part.weights.tolist() == [3, 0] and part.bonus.tolist() == [[3.0, 3.0], [0.0, 0.0]]
     assert len(rollout.weights) == 6 and rollout.select(torch.tensor([1])).weights.tolist() == [1]
 

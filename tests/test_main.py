@@ -655,6 +655,13 @@ def test_a_default_folder_that_cannot_be_made_is_refused_before_a_model_loads(sc
     assert_refused(script("--device", "cpu"), capfd.readouterr(), "runs is a file", with_files, before)
 
 
+def test_a_folder_beside_the_runs_is_in_nobodys_way(with_files, monkeypatch):
+    monkeypatch.chdir(with_files)
+    (with_files / "runs/new").mkdir(parents=True)
+    (with_files / "runs/new/args.json").write_text("{}")
+    assert common.Run(common.parse_args(grpo.Args, ["--device", "cpu"])).folder is None
+
+
 def test_more_positions_than_the_model_has_are_refused(script, with_files, capfd, tmp_path_factory):
     """A model with a table of positions cannot write more tokens than that has."""
     folder = tmp_path_factory.mktemp("gpt2")

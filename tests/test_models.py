@@ -243,6 +243,15 @@ def test_a_reward_model_reads_system_messages_and_begun_replies(tmp_path, templa
         assert score == pytest.approx(judge.eval()(ids).logits.item(), abs=1e-5), text
 
 
+def test_a_model_of_no_language_is_refused_before_anything_loads(tmp_path):
+    """Canine's config has no vocabulary."""
+    transformers.CanineConfig().save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", eos_token="<end>")
+    args = grpo.Args(model=str(tmp_path / "model"))
+    with pytest.raises(common.UserError, match="^--model .*: its config, a CanineConfig, is not that of a causal language model$"):
+        common.load_tokenizer_and_config(args)
+
+
 @pytest.mark.parametrize(
     "changed, prompt, named",
     [
