@@ -745,9 +745,9 @@ def test_select_takes_rows_and_trims_columns_to_their_longest():
 def test_select_takes_along_what_a_script_has_added():
     rollout, *_ = helpers.ragged_rollout()
     rollout.weights, rollout.bonus = torch.arange(6), torch.arange(6.0)[:, None] + torch.zeros(rollout.completion_ids.shape)
-    rollout.texts, rollout.features = list("abcdef"), torch.arange(12).view(6, 2)
+    rollout.texts, rollout.features = list("abcdef"), torch.arange(18).view(6, 3)
     part = rollout.select(torch.tensor([3, 0]))  # 2 tokens and 1
-    assert part.texts == ["d", "a"] and part.features.tolist() == [[6, 7], [0, 1]]
+    assert part.texts == ["d", "a"] and part.features.tolist() == [[9, 10, 11], [0, 1, 2]]
     assert part.weights.tolist() == [3, 0] and part.bonus.tolist() == [[3.0, 3.0], [0.0, 0.0]]
     assert len(rollout.weights) == 6 and rollout.select(torch.tensor([1])).weights.tolist() == [1]
 
