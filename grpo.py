@@ -409,12 +409,12 @@ def warn_of_process_supervision(run, rollout, scores):
 
 
 def has_equal_rewards(scores, rollout, group_size: int) -> Tensor:
-    """`has_equal_scores`, (N,); where functions gave lists, of the steps that these name."""
+    """`has_equal_scores`, (N,); where functions gave lists, whether no token would get an advantage from these."""
     if not scores.has_lists:
         return has_equal_scores(scores.total, group_size)
     step_rewards, step_ends = common.dense_table(scores.dense, rollout)  # (B, C)
-    steps = step_rewards.masked_fill(~step_ends, math.nan).flatten()
-    return has_equal_scores(steps, group_size * step_rewards.shape[1]).cpu()
+    advantages = process_advantages(step_rewards, group_size, step_ends)
+    return (advantages.view(len(rollout) // group_size, -1) == 0).all(dim=1).cpu()
 
 
 def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores):
