@@ -1,13 +1,13 @@
 """The same training by TRL's GRPOTrainer and by grpo.py, from the same warm-started models, seeds 1 to 5.
 
     pip install -r requirements.txt trl==1.16.0 matplotlib
-    python tests/parity_trl.py             # ten runs, one after the other, about half an hour on one core
+    python tests/parity_trl.py             # ten runs, one after the other, about 20 minutes on one core
 
 Both sample 300 times 8 completions of 32 prompts of the built-in task and make 2 epochs of 2 minibatches on them, with
 the loss, clip, KL coefficient, optimiser and schedule of grpo.py's defaults; TRL in float32 without checkpointing, a
 minibatch in one piece. The policy is evaluated as grpo.py does it, every 10 rollouts, on the clock of neither. Prints
-held-out accuracy and the seconds of training, without set-up and evaluation; writes .github/parity_trl.png and .json.
-A run that has finished is not repeated (runs/parity_trl/).
+held-out accuracy and the CPU seconds of training, without set-up and evaluation, so that other jobs on the machine cost
+neither anything; writes .github/parity_trl.png and .json. A run that has finished is not repeated (runs/parity_trl/).
 """
 
 import json
@@ -30,9 +30,13 @@ def ours(seed):
     """Accuracies as [rollouts, accuracy], and seconds of training."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    sys.path.insert(0, str(ROOT))
+    import common
+    import grpo
+
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "grpo.py", "--seed", str(seed), "--eval-every", str(EVERY), "--device", "cpu"]
-        subprocess.run([*command, "--output-dir", f"{folder}/run"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        flags = f"--seed {seed} --eval-every {EVERY} --device cpu --output-dir {folder}/run"
+        grpo.main(common.parse_args(grpo.Args, flags.split()))
         events = EventAccumulator(f"{folder}/run", size_guidance={"scalars": 0}).Reload()
         curve = [[point.step, point.value] for point in events.Scalars("eval/accuracy")]
         return {"curve": curve, "seconds": sum(p.value for name in PHASES for p in events.Scalars(f"perf/{name}_seconds"))}
@@ -124,7 +128,7 @@ def draw(results):
         steps = [step for step, _ in runs[0]["curve"]]
         values = [sorted(run["curve"][i][1] for run in runs) for i in range(len(steps))]
         seconds = statistics.median(run["seconds"] for run in runs)
-        axis.plot(steps, [v[len(v) // 2] for v in values], color=colour, label=f"{system}: {seconds:.0f} s", linewidth=2)
+        axis.plot(steps, [v[len(v) // 2] for v in values], color=colour, label=f"{system}: {seconds:.0f} CPU s", linewidth=2)
         axis.fill_between(steps, [v[0] for v in values], [v[-1] for v in values], color=colour, alpha=0.2)
     axis.set(xlabel="rollouts (256 completions each)", ylabel="held-out accuracy (greedy)", ylim=(0.2, 1.01))
     axis.grid(alpha=0.3)
@@ -134,6 +138,7 @@ def draw(results):
 
 def main():
     if sys.argv[1:2] == ["--child"]:
+        time.perf_counter = time.process_time  # which grpo.py reads its phases' seconds from
         print("\n" + json.dumps(SYSTEMS[sys.argv[2]](int(sys.argv[3]))))
         return
     results = {system: [] for system in SYSTEMS}
@@ -141,7 +146,7 @@ def main():
         for system, runs in results.items():
             runs.append(result(system, seed))
             (before, after), seconds = (runs[-1]["curve"][i][1] for i in (0, -1)), runs[-1]["seconds"]
-            print(f"seed {seed} {system:8} accuracy {before:.3f} -> {after:.3f} in {seconds:.1f} s of training", flush=True)
+            print(f"seed {seed} {system:8} accuracy {before:.3f} -> {after:.3f} in {seconds:.1f} CPU s of training", flush=True)
     FIGURE.with_suffix(".json").write_text(json.dumps(results))
     draw(results)
 
