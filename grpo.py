@@ -12,13 +12,13 @@ Papers: GRPO arXiv:2402.03300 (DeepSeekMath); Dr. GRPO arXiv:2503.20783; DAPO ar
 CISPO arXiv:2506.13585; KL estimators: Schulman, "Approximating KL divergence" (2020).
 
 Where this differs from the papers:
- 1. Standard deviations are sample ones (divided by G - 1), as in TRL and verl, and have 1e-4 added.
- 2. With one update a rollout the old policy is the current one: no pass is made for its log-probs, and a sampler in
-    float32 has the current ones, too, so that only their gradient is computed.
- 3. --kl-coef is 0.001 (DeepSeekMath: 0.04), also with the losses whose papers drop the KL (Dr. GRPO, DAPO), as
-    --kl-coef 0 does.
- 4. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
- 5. The learning rate decays linearly to 0.
+ 1. Standard deviations are sample ones (divided by G - 1), as in TRL and verl; 1e-4 is added to them, as in TRL.
+ 2. With one update a rollout the policy that sampled is still the current one, so its log-probs need no pass of their
+    own. Where the sampler computes in float32, the update takes them from it and computes only their gradient.
+ 3. --kl-coef is 0.001 with every --loss. DeepSeekMath has 0.04; Dr. GRPO, DAPO and CISPO have no KL (--kl-coef 0).
+ 4. dapo and cispo divide by the tokens of all prompts of an optimiser step; their papers by those of one prompt's group.
+ 5. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
+ 6. The learning rate decays linearly to 0.
 
 Letters: N prompts a step, G completions a prompt, B = N G sequences (b of them in a micro-batch), C completion tokens.
 Column t of every (B, C) tensor is completion token t.
@@ -63,12 +63,12 @@ class Args:
     advantage: str = flag(
         "group", "scaled by the group's or the batch's spread, or leave-one-out", choices=["group", "batch", "rloo"]
     )
-    scale_rewards: bool | None = flag(help="divide by that spread (default: as the paper of --loss)")
+    scale_rewards: bool | None = flag(help="divide by that spread (default: yes; no for dr_grpo and rloo)")
     clip_low: float | None = flag(
-        help="ratios count from 1 - this; inf: no clip (default: as the paper of --loss)", at_least=0
+        help="ratios count from 1 - this; inf: no clip (default: 0.2; gspo 3e-4, cispo inf)", at_least=0
     )
     clip_high: float | None = flag(
-        help="ratios count up to 1 + this; inf: no clip (default: as the paper of --loss)", at_least=0
+        help="ratios count up to 1 + this; inf: no clip (default: 0.2; dapo 0.28, gspo 4e-4)", at_least=0
     )
     kl_coef: float = flag(0.001, "beta, weight of the KL to the reference; 0: no reference model", at_least=0)
     kl_estimator: str = flag(
@@ -105,7 +105,7 @@ class Args:
     log_samples: int = flag(4, "completions in the table of samples", at_least=0)
 
 
-LOSS_DEFAULTS = {  # clip_low, clip_high, scale_rewards: from the paper of each; 0.2 where it names no number
+LOSS_DEFAULTS = {  # clip_low, clip_high, scale_rewards: as the paper of each has them; 0.2 where it names no number
     "grpo": (0.2, 0.2, True),
     "dr_grpo": (0.2, 0.2, False),
     "dapo": (0.2, 0.28, True),
@@ -153,7 +153,7 @@ def group_advantages(
     """
     groups = scores.view(-1, group_size)  # (N, G)
     valid = ~groups.isnan()
-    count = valid.sum(dim=1, keepdim=True)
+    count = valid.sum(dim=1, keepdim=True)  # (N, 1)
     mean = groups.nansum(dim=1, keepdim=True) / count.clamp(min=1)
     advantages = torch.where(valid, groups - mean, 0.0)
     if kind == "rloo":
@@ -167,7 +167,7 @@ def group_advantages(
 
 def has_equal_scores(scores: Tensor, group_size: int) -> Tensor:
     """Groups in which no completion is better than another, so that nothing can be learned from them: (B,) -> (N,)."""
-    groups = scores.view(-1, group_size)
+    groups = scores.view(-1, group_size)  # a NaN is neither the highest nor the lowest
     return groups.nan_to_num(-math.inf).amax(dim=1) <= groups.nan_to_num(math.inf).amin(dim=1)
 
 
@@ -212,16 +212,17 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k3")
 
 
 def token_weights(loss: str, mask: Tensor, sequences: float, tokens: float, max_new_tokens: int) -> Tensor:
-    """The weight (B, C) of each token's loss in the sum that is the loss of an optimiser step, eq. 3 of arXiv:2402.03300.
+    """The weight (B, C) of each token: the sum of the weighted losses is the loss of an optimiser step.
 
-    `sequences` and `tokens` count all valid ones of the step, in every micro-batch and process, so that how they are
+    `sequences` and `tokens` count those of the whole step, in all micro-batches and processes, so that how they are
     split changes nothing.
     """
     if loss == "dr_grpo":  # divided by a constant, section 3.2 of arXiv:2503.20783
         return mask / (max(sequences, 1) * max_new_tokens)
     if loss in ("dapo", "cispo"):  # every token counts the same, eq. 8 of arXiv:2503.14476
         return mask / max(tokens, 1)
-    return mask / (mask.sum(1, keepdim=True).clamp(min=1) * max(sequences, 1))  # mean over sequences of means over tokens
+    # The mean over sequences of the mean over tokens, eq. 3 of arXiv:2402.03300.
+    return mask / (mask.sum(1, keepdim=True).clamp(min=1) * max(sequences, 1))
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -254,7 +255,7 @@ def main(args: Args) -> int:
     run = common.Run(args)
     G = args.group_size
     if args.loss != "grpo" and defaults:
-        run.say(f"--loss {args.loss}, by its paper: " + ", ".join(f"{name} {value}" for name, value in defaults.items()))
+        run.say(f"--loss {args.loss} sets " + ", ".join(f"{name} {value}" for name, value in defaults.items()))
     rewards, eval_reward = common.load_all_rewards(args, run)
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     tokenizer, config = common.load_tokenizer_and_config(args)
@@ -285,8 +286,9 @@ def main(args: Args) -> int:
         # ---- Rollout: G completions of each of N prompts ----
         run.phase("rollout")
         sampler.refresh(policy)  # on GPUs the sampler has a copy of its own in bfloat16
-        step_prompts = [prompt for prompt in run.own_part(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
-        # One number a token (B, C), drawn by seed, step and sequence: neither batches nor processes change what is sampled.
+        # This process's own part of the prompts, each G times: B of them.
+        step_prompts = [prompt for prompt in run.own_part(prompts.next(args.prompts_per_step)) for _ in range(G)]
+        # A random number for each token (B, C), fixed by seed, step and sequence, not by batches or processes.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
         # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
@@ -311,16 +313,17 @@ def main(args: Args) -> int:
             rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
         # ---- Advantage: better or worse than the rest of the group ----
-        if not run.max(scores.has_lists):  # the same in all processes, which compute the spread together
+        if not run.max(scores.has_lists):  # asked of all processes, since they compute the spread together
             batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
             rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
         else:
+            # A reward function gave lists, one number a token: process supervision.
             step_rewards, step_ends = common.dense_table(scores.dense, rollout)  # (B, C)
             rollout.advantages = process_advantages(step_rewards, G, step_ends)  # (B, C)
             warn_of_process_supervision(run, rollout, scores)
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
-        # One update a rollout: the policy is still the one that sampled, so pi_old = pi. (If you replay rollouts: False.)
+        # One update a rollout: the policy is still the one that sampled, pi_old = pi. (False if you replay rollouts.)
         on_policy = args.update_epochs * args.num_minibatches == 1
         if not on_policy:
             rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
@@ -328,7 +331,8 @@ def main(args: Args) -> int:
         lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
         common.set_learning_rate(optimizer, lr_share)
         for epoch in range(args.update_epochs):
-            for groups in run.minibatches(step * args.update_epochs + epoch):  # groups are not split: a prompt runs once
+            for groups in run.minibatches(step * args.update_epochs + epoch):  # prompts, by index
+                # Whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
                 # Counted before the minibatch is split, so that splitting it changes no gradient.
                 sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
@@ -431,7 +435,7 @@ def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollo
             break
         own = slice(first, first + len(groups))
         others = prompts.next(total)[own]
-        # Purposes 7 to 14 of the random numbers; lower ones are taken.
+        # The second argument says what the numbers are for: here 7 to 14; lower ones are taken.
         uniforms = run.uniforms(step, 6 + attempt, total, G, args.max_new_tokens)[own].flatten(0, 1)
         if len(groups) == 0:
             continue

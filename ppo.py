@@ -16,7 +16,7 @@ Where this differs from the papers:
  2. The critic is a separate model with a scalar head that starts at 0; both models share one learning-rate schedule.
  3. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
  4. The learning rates decay linearly to 0.
- 5. The old policy's log-probs are those of the sampler, if it computes in float32; else a pass of their own makes them.
+ 5. The old policy's log-probs are the sampler's where it computes in float32; else they get a pass of their own.
 
 Letters: N prompts a step, G completions a prompt, B = N G sequences (b of them in a micro-batch), C completion tokens.
 Column t of every (B, C) tensor is completion token t.
@@ -181,7 +181,8 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k1")
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizon: float) -> float:
     """Proportional control of beta, section 2.2 of arXiv:1909.08593: up where the sequences' KL is above the target.
 
-    `batch` completions were sampled with it; the paper's gain, 0.1 a step, is batch / horizon in the code of its authors.
+    `batch` is the number of completions a step. Where the paper multiplies the error by 0.1, its authors' code has
+    batch / horizon.
     """
     error = 0.0 if math.isnan(kl) else min(max(kl / target - 1, -0.2), 0.2)  # NaN: no completion has a score
     return kl_coef * (1 + error * batch / horizon)
@@ -236,8 +237,9 @@ def main(args: Args) -> int:
         # ---- Rollout: G completions of each of N prompts ----
         run.phase("rollout")
         sampler.refresh(policy)  # on GPUs the sampler has a copy of its own in bfloat16
-        step_prompts = [prompt for prompt in run.own_part(prompts.next(args.prompts_per_step)) for _ in range(G)]  # B
-        # One number a token (B, C), drawn by seed, step and sequence: neither batches nor processes change what is sampled.
+        # This process's own part of the prompts, each G times: B of them.
+        step_prompts = [prompt for prompt in run.own_part(prompts.next(args.prompts_per_step)) for _ in range(G)]
+        # A random number for each token (B, C), fixed by seed, step and sequence, not by batches or processes.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
         # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
@@ -281,7 +283,8 @@ def main(args: Args) -> int:
         lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
         common.set_learning_rate(optimizer, lr_share)
         for epoch in range(args.update_epochs):
-            for groups in run.minibatches(step * args.update_epochs + epoch):  # groups are not split: a prompt runs once
+            for groups in run.minibatches(step * args.update_epochs + epoch):  # prompts, by index
+                # Whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
                 # Counted before the minibatch is split, so that splitting it changes no gradient.
                 tokens = run.sum(minibatch.lengths.sum())[0]
