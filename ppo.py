@@ -193,6 +193,12 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
     return (((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))).float()
 
 
+def is_value_clipped(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float) -> Tensor:
+    """Where the clip of the value loss binds, so that a value gets no gradient: (B, C) of 0 and 1."""
+    clipped = torch.clamp(values, old_values - value_clip, old_values + value_clip)
+    return ((clipped - returns).square() > (values - returns).square()).float()
+
+
 # =============================================================================
 # Training
 # =============================================================================
@@ -305,7 +311,8 @@ def main(args: Args) -> int:
                         values = common.completion_values(critic, batch)  # (b, C)
                         v_loss = value_loss(values, batch.values, batch.returns, args.value_clip)
                         means.add("losses/value_loss", v_loss, mask)
-                        means.add("losses/vf_clipfrac", (values - batch.values).abs() > args.value_clip, mask)
+                        v_clipped = is_value_clipped(values, batch.values, batch.returns, args.value_clip)
+                        means.add("losses/vf_clipfrac", v_clipped, mask)
                         loss = loss + args.value_coef * v_loss
                     return (loss * mask).sum() / max(tokens, 1)
 
