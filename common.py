@@ -952,7 +952,8 @@ def head_logits(states, weight, bias, scale, out):
 class TiedWeight(torch.autograd.Function):
     """The weight (V, hidden) that head and embedding share, for the head, and the rows of tokens (1, n) in it, (1, n, hidden).
 
-    The gradient of a lookup is a second (V, hidden) table, nearly all zeros. Here its rows are added to the head's.
+    The gradient of a lookup is a second (V, hidden) table, nearly all zeros. Here its rows are added to the head's; that of
+    the pad, too, which nn.Embedding leaves out (padding_idx): a flat row has no padding, so there it is a token like any other.
     """
 
     @staticmethod

@@ -13,7 +13,8 @@ Papers: PPO arXiv:1707.06347; GAE arXiv:1506.02438; PPO for language models arXi
 Where this differs from the papers:
  1. The score sits on the last valid token: the end token, or the last one of a completion that was cut off. A cut-off
     completion is scored like any other; --truncation-penalty lowers its score.
- 2. The critic is a separate model with a scalar head that starts at 0; both models share one learning-rate schedule.
+ 2. The critic is a separate model with a scalar head that starts at 0; both models share one learning-rate schedule, and
+    the gradient of each is clipped to --max-grad-norm on its own.
  3. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
  4. The learning rates decay linearly to 0.
  5. The old policy's log-probs are the sampler's where it computes in float32; else they get a pass of their own.
