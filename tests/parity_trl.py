@@ -4,10 +4,11 @@
     python tests/parity_trl.py             # ten runs, one after the other, about 20 minutes on one core
 
 Both sample 300 times 8 completions of 32 prompts of the built-in task and make 2 epochs of 2 minibatches on them, with
-the loss, clip, KL coefficient, optimiser and schedule of grpo.py's defaults; TRL in float32 without checkpointing, a
-minibatch in one piece. The policy is evaluated as grpo.py does it, every 10 rollouts, on the clock of neither. Prints
-held-out accuracy and the CPU seconds of training, without set-up and evaluation, so that other jobs on the machine cost
-neither anything; writes .github/parity_trl.png and .json. A run that has finished is not repeated (runs/parity_trl/).
+the loss, clip, KL coefficient, optimiser and schedule of grpo.py's defaults (TRL's KL is multiplied by the ratio, as it
+is by default); TRL in float32 without checkpointing, a minibatch in one piece. The policy is evaluated as grpo.py does
+it, every 10 rollouts, on the clock of neither. Prints held-out accuracy and the CPU seconds of training, without set-up
+and evaluation, so that other jobs on the machine cost neither anything; writes .github/parity_trl.png and .json. A run
+that has finished is not repeated (runs/parity_trl/).
 """
 
 import json
