@@ -477,6 +477,7 @@ def test_full_disk_leaves_the_checkpoint_before(fault, materials, undisturbed, t
 # Bytes that a file may have: less than TensorBoard's events, less than a model.
 @pytest.mark.parametrize(("limit", "save_every"), [(3000, 0), (200_000, 1)])
 def test_full_disk_in_a_real_process(limit, save_every, materials, tmp_path):
+    (materials / "tokens.txt").unlink(missing_ok=True)  # the reward function appends to it, in all tests
     result = runs.launch(
         "grpo", runs.arguments(materials, "grpo", tmp_path / "run", steps=2, save_every=save_every),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
