@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import http.client
+import importlib.machinery
 import importlib.util
 import inspect
 import itertools
@@ -2608,7 +2609,10 @@ def import_file(path: str):
     folder = os.path.dirname(os.path.abspath(path))
     if folder not in sys.path:
         sys.path.append(folder)  # last: a data folder called "datasets" must not hide the library
-    name = f"reward_file_{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]}"
+    name = Path(path).stem  # under which processes that a reward function spawns import it, too
+    found = importlib.machinery.PathFinder.find_spec(name)
+    if name in sys.modules or not found or found.origin != os.path.abspath(path):  # other modules have their names already
+        name = f"reward_file_{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:

@@ -369,6 +369,23 @@ def test_load_rewards_by_name_and_file(reward_file):
     assert scores.by_function["count"].tolist() == [2.0, 2.0]  # one module: the calls of both formats
 
 
+def test_functions_may_spawn_processes_that_call_their_files_own(reward_file):
+    """macOS spawns where Linux forks."""
+    path = reward_file(
+        """
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+        def length(text):
+            return float(len(text))
+        def lengths(completions):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                return list(pool.map(length, completions))
+        """,
+        "spawning_rewards.py",
+    )
+    assert run(common.load_rewards([f"{path}:lengths"]), ["a", "bcd"]).total.tolist() == [1.0, 3.0]
+
+
 def test_rewards_are_not_logged_under_names_that_other_numbers_have(reward_file):
     names = ["mean", "std", "frac_zero_std", "resampled_groups", "reward_model", "mean", "mean_2"]
     path = reward_file("\n".join(f"def {name}(completions): pass" for name in names))
