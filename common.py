@@ -505,7 +505,9 @@ class Run:
     def say_stopped(self, step) -> int:
         """How to go on after a signal; returns the exit status."""
         self.close()
-        self.say(f"stopped after step {step}; to go on: python {self.script}.py --resume {shlex.quote(str(self.folder))}")
+        command = [os.path.relpath(inspect.getfile(type(self.args))), "--resume", str(self.folder)]
+        launcher = "python" if self.world == 1 else "torchrun ..."  # which options it had is not known here
+        self.say(f"stopped after step {step}; to go on: {launcher} {shlex.join(command)}")
         self.gather(None)  # torchrun ends the other processes as soon as one has ended
         return 128 + self.stop_signal
 

@@ -93,7 +93,7 @@ def test_process_that_dies_ends_the_other(materials, tmp_path):
 def test_signal_to_one_process_stops_both_with_a_checkpoint(materials, tmp_path):
     argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=50)
     result = runs.launch("grpo", argv, processes=2, act="SIGINT at call 3")
-    assert result.stdout.count("to go on: python grpo.py --resume") == 1, result.stdout
+    assert result.stdout.count("to go on: torchrun ... grpo.py --resume") == 1, result.stdout
     assert "exitcode  : 130 " in result.stdout  # the process that is last may get torchrun's SIGTERM on its way out
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 

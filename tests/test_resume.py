@@ -83,11 +83,12 @@ def content(folder):
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_stopped_run_resumes_to_the_same_bits(script, name, status, materials, undisturbed, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACT", f"{name} at call 4")  # in step 3 or, resampling, before: not where a checkpoint is due
+    monkeypatch.chdir(tmp_path)  # the command runs where the run was started
     argv = runs.arguments(materials, script, tmp_path / "run", **FLAGS[script])
     assert runs.run_here(script, argv) == status
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"stopped after step {names(tmp_path / 'run' / 'checkpoints')[-1][-1]}; to go on: " + (
-        f"python {script}.py --resume {tmp_path / 'run'}"
+        f"python {os.path.relpath(runs.ROOT / script)}.py --resume {tmp_path / 'run'}"
     )
     monkeypatch.delenv("ACT")
     assert runs.run_here(script, shlex.split(said[-1].partition("to go on: python ")[2])[1:]) == 0
