@@ -464,7 +464,10 @@ class Run:
     # ---- signals ----
 
     def catch_signals(self):
-        """In the training loop the first Ctrl-C, SIGTERM or SIGHUP lets the step in hand finish; a second stops at once."""
+        """In the training loop the first Ctrl-C, SIGTERM or SIGHUP lets the step in hand finish; a second stops at once.
+
+        But not a second SIGHUP: when a terminal is closed its shell sends one to its jobs, and Linux one more.
+        """
         process, terminals = os.getpid(), [output for output in (1, 2) if os.isatty(output)]
 
         def stop(number, frame):
@@ -473,7 +476,7 @@ class Run:
                     signal.signal(number, signal.SIG_DFL)
                     os.kill(os.getpid(), number)
                 return
-            if self.bar is None or self.stop_signal:
+            if self.bar is None or self.stop_signal and number != signal.SIGHUP:
                 os._exit(128 + number)
             self.stop_signal = number
             if number == signal.SIGHUP:  # the terminal is gone, and writing to it would be an error

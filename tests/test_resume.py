@@ -80,7 +80,7 @@ def content(folder):
 
 
 @pytest.mark.parametrize("script", ["grpo", "ppo"])
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP and SIGHUP", 129)])
 def test_stopped_run_resumes_to_the_same_bits(script, name, status, materials, undisturbed, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACT", f"{name} at call 4")  # in step 3 or, resampling, before: not where a checkpoint is due
     monkeypatch.chdir(tmp_path)  # the command runs where the run was started
