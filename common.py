@@ -23,7 +23,6 @@ import math
 import numbers
 import operator
 import os
-import pickle
 import random
 import re
 import resource
@@ -85,6 +84,17 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """Type and message of a foreign error on one line of bounded length, to stand in the line of a UserError."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+
+
+@contextlib.contextmanager
+def explained_as(what: str, *kinds: type):
+    """In the block an error of another library (of these kinds, or any) becomes the UserError "what: error"."""
+    try:
+        yield
+    except (UserError, torch.cuda.OutOfMemoryError):  # the latter goes on to who knows which flags need less memory
+        raise
+    except kinds or Exception as error:
+        raise UserError(f"{what}: {one_line(error)}") from error
 
 
 def flag(default=None, help="", *, tiny=None, real=None, at_least=None, above=None, at_most=None, choices=None):
@@ -304,10 +314,8 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
         raise UserError(f"--resume {folder}: that run has finished; its model is {folder / 'final'}")
     if not checkpoints_of(folder):
         raise UserError(f"--resume {folder}: no checkpoint there (--save-every writes them, and Ctrl-C)")
-    try:
+    with explained_as(f"--resume: {path} cannot be read", OSError, ValueError):
         saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume: {path} cannot be read: {one_line(error)}") from error
     if not isinstance(saved, dict):
         raise UserError(f"--resume {folder}: its args.json holds no arguments")
     return saved
@@ -541,14 +549,10 @@ class Run:
         """Scalars to TensorBoard, and a line (or the bar's postfix) with what matters most."""
         if self.rank > 0:
             return
-        try:
+        with explained_as(f"--output-dir {self.folder}: TensorBoard's events cannot be written", OSError):
             for name, value in metrics.items():
                 self.writer.add_scalar(utf8(name), float(value), step)
             self.writer.flush()  # what a checkpoint follows must not be lost with a process that is killed
-        except OSError as error:
-            raise UserError(
-                f"--output-dir {self.folder}: TensorBoard's events cannot be written: {error.strerror}"
-            ) from error
         self.advise(metrics)
         short = {"acc": "eval/accuracy", "reward": "reward/mean", "kl": "objective/kl", "tok/s": "perf/tokens_per_second"}
         self.latest |= {name: float(metrics[scalar]) for name, scalar in short.items() if scalar in metrics}
@@ -1705,12 +1709,8 @@ def check_model(run, model, sampler, tokenizer):
     Raises UserError for a model family that this project cannot run, or to which it gives other log-probs than transformers.
     """
     name = f"--model {run.args.model}: {type(model).__name__}"
-    try:
+    with explained_as(f"{name} is of a kind that this project does not run"):
         family_gap, sampler_gap = logprob_gaps(run, model, sampler)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{name} is of a kind that this project does not run ({one_line(error)})") from error
     if not family_gap < 1e-2:  # float32 rounds off some 1e-4 in a deep model, and a wrong family is off by far more
         raise UserError(
             f"{name} has a cache, positions or head of a kind that this project does not run (its log-probs differ by "
@@ -1787,10 +1787,8 @@ def compile_layers(*models):
     All layers share what is compiled; with gradients or without, frozen or not, each is compiled for itself.
     Refuses where no program can be built, since torch.compile needs a C or C++ compiler.
     """
-    try:
+    with explained_as("--compile: torch.compile does not work here"):
         torch.compile(torch.neg)(torch.ones(2, device=next(models[0].parameters()).device))
-    except Exception as error:  # of whichever of its parts is missing
-        raise UserError(f"--compile: torch.compile does not work here: {one_line(error)}") from error
     AttentionInterface.register("flat_row", torch.compiler.disable(flat_row_attention))
     for module in nn.ModuleList(model for model in models if model is not None).modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -2011,17 +2009,13 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8-sig")  # an editor may have put a byte-order mark
-                    row = json.loads(text) if text.strip() else None
-                except UnicodeDecodeError:
-                    raise UserError(f"{path}:{number}: not UTF-8; save the file in that encoding") from None
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}:{number}: not one JSON object a line ({one_line(error)})") from None
-                if isinstance(row, dict):
-                    yield f"{path}:{number}", row
-                elif text.strip():
+                if not line.strip():
+                    continue
+                with explained_as(f"{path}:{number}: not one JSON object a line", ValueError, RecursionError):
+                    row = json.loads(line)  # of bytes: UTF-8, with a byte-order mark or without
+                if not isinstance(row, dict):
                     raise UserError(f'{path}:{number}: not an object; write one {{"prompt": ...}} a line')
+                yield f"{path}:{number}", row
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
@@ -2060,10 +2054,8 @@ def read_hub_dataset(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
             f"dataset {dataset} is neither built in (addition, gsm8k) nor a file here; "
             f"to read it from the Hugging Face hub: pip install datasets"
         ) from None
-    try:
+    with explained_as(f"{flag_name} {dataset}, split {split}"):  # a wrong id, config or split, or no network
         loaded = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # its own kinds, for a wrong id, config or split and for no network
-        raise UserError(f"{flag_name} {dataset}, split {split}: {one_line(error)}") from error
     for number, row in enumerate(loaded):
         yield f"{dataset} row {number}", dict(row)
 
@@ -2153,12 +2145,10 @@ def chat_ids(chat: list[dict], tokenizer, place: str = "") -> list[int]:
             "give prompts as texts and leave --system-prompt out, or take a chat model"
         )
     begun = chat[-1]["role"] == "assistant"
-    try:
+    with explained_as(f"{place}the chat template refuses the prompt {str(chat)[:60]!r}"):  # in words of its own
         return tokenizer.apply_chat_template(
             chat, add_generation_prompt=not begun, continue_final_message=begun, return_dict=False
         )
-    except Exception as error:  # templates refuse in their own words ("System role not supported")
-        raise UserError(f"{place}the chat template refuses the prompt {str(chat)[:60]!r} ({one_line(error)})") from error
 
 
 def text_ids(texts: list[str], tokenizer) -> list[list[int]]:
@@ -3155,7 +3145,7 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
     if run.rank > 0:
         return
     folder = run.folder / "checkpoints" / f"step-{state['step']:06}"
-    with complete_or_absent(run, folder, f"the checkpoint of step {state['step']}") as partial:
+    with complete_or_absent(folder, f"--output-dir {run.folder}: the checkpoint of step {state['step']}") as partial:
         for name, tensors in weights.items():
             safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
         saved = {"state": state, "position": prompts.position, "optimizer": optimizer.state_dict() | {"state": moments}}
@@ -3176,21 +3166,21 @@ def numpy_random_state():
 
 
 @contextlib.contextmanager
-def complete_or_absent(run, folder: Path, what: str):
+def complete_or_absent(folder: Path, what: str):
     """A folder to write into, which takes the place of `folder` once all of it is on the disk; none is left by an error."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
+        with explained_as(f"{what} cannot be written"):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for path in partial.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except Exception as error:  # of whichever library writes: tokenizers raises no more than this where a disk is full
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"--output-dir {run.folder}: {what} cannot be written: {one_line(error)}") from error
 
 
 def weights_of(model) -> dict[str, Tensor]:
@@ -3230,23 +3220,18 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
                 )
             for key, tensor in weights_of(model).items():
                 tensor.copy_(placed(file.get_tensor(key), tensor))
-    try:
+    # Code in it is refused; one that another version of this project wrote may lack what is looked for.
+    with explained_as(f"--resume {run.args.resume}: {folder / 'state.pt'} cannot be loaded"):
         saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=run.world > 1)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"--resume {run.args.resume}: {folder / 'state.pt'} holds code or objects, which are not loaded"
-        ) from error
-    if "random_states" not in saved:
-        raise UserError(f"--resume {run.args.resume}: {folder} was written by another version of this project")
-    if saved.get("script", run.script) != run.script:
-        run.warn(f"this run was begun by {saved['script']}.py and goes on with {run.script}.py")
-    python, torchs, numpys = saved["random_states"][run.rank % len(saved["random_states"])]
-    random.setstate(python), torch.set_rng_state(torchs), numpy.random.set_state(numpys)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for i, moments in saved["optimizer"]["state"].items():
-        saved["optimizer"]["state"][i] = {name: placed(x, parameters[i]) if x.dim() else x for name, x in moments.items()}
-    optimizer.load_state_dict(saved["optimizer"])
-    prompts.position = saved["position"]
+        if saved["script"] != run.script:
+            run.warn(f"this run was begun by {saved['script']}.py and goes on with {run.script}.py")
+        python, torchs, numpys = saved["random_states"][run.rank % len(saved["random_states"])]
+        random.setstate(python), torch.set_rng_state(torchs), numpy.random.set_state(numpys)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for i, moments in saved["optimizer"]["state"].items():
+            saved["optimizer"]["state"][i] = {name: placed(x, parameters[i]) if x.dim() else x for name, x in moments.items()}
+        optimizer.load_state_dict(saved["optimizer"])
+        prompts.position = saved["position"]
     run.say(f"resuming after step {saved['state']['step']} from {folder}")
     return saved["state"]
 
@@ -3269,7 +3254,7 @@ def save_final(run, model, tokenizer):
     """`final/` of the run's folder, which AutoModelForCausalLM and AutoTokenizer load."""
     weights = gathered(run, weights_of(model))
     if run.rank == 0:
-        with complete_or_absent(run, run.folder / "final", "the final model") as partial:
+        with complete_or_absent(run.folder / "final", f"--output-dir {run.folder}: the final model") as partial:
             model.config = getattr(model, "config_to_save", model.config)  # with the dropout that it came with
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)

@@ -68,8 +68,8 @@ def test_columns_are_copied_over_prompt_and_answer(tmp_path):
 @pytest.mark.parametrize(
     "line, named",
     [
-        ("{", "not one JSON object a line (JSONDecodeError"),
-        (json.dumps([{"prompt": "p"}], indent=2), "not one JSON object a line (JSONDecodeError"),
+        ("{", "not one JSON object a line: JSONDecodeError"),
+        (json.dumps([{"prompt": "p"}], indent=2), "not one JSON object a line: JSONDecodeError"),
         ('{"prompt": "p"} x', "not one JSON object"),
         ("[" * 100_000, "not one JSON object"),
         ('{"prompt": 1' + "0" * 5000 + "}", "not one JSON object"),
@@ -103,7 +103,7 @@ def test_file_errors(tmp_path):
     folder = tmp_path / "folder.jsonl"
     folder.mkdir()
     for path, named in [
-        (latin, f"{latin}:2: not UTF-8"),
+        (latin, f"{latin}:2: not one JSON object a line: UnicodeDecodeError: 'utf-8' codec"),
         (folder, "directory"),
         (tmp_path / "none.jsonl", "No such file"),
         (write(tmp_path / "empty.jsonl", "", ""), "holds no prompts"),
