@@ -1553,53 +1553,52 @@ def load_policy(args, run, tokenizer):
 
 
 def end_tokens(name, tokenizer, model) -> set[int]:
-    """All that the tokenizer or a config of the model names: chat models have several."""
+    """All that the tokenizer or a config of the model names, chat models have several; but those that it does not know."""
     sources = (tokenizer, model.config, model.config.get_text_config(), model.generation_config)
     ends = [getattr(source, "eos_token_id", None) for source in sources]
-    ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
-    if not ends:
-        raise UserError(f"--model {name}: neither its tokenizer nor its generation_config names an end token (eos_token)")
-    if wrong := [i for i in ends if type(i) is not int]:
-        raise UserError(f"--model {name}: an eos_token_id of its configs is no number: {wrong[0]!r}")
+    ends = [i for end in ends for i in (end if isinstance(end, list) else [end])]
     vocabulary = model.config.get_text_config().vocab_size
-    known = {i for i in ends if 0 <= i < vocabulary}
+    known = {i for i in ends if type(i) is int and 0 <= i < vocabulary}
     if not known:
-        raise UserError(f"--model {name}: its end token {ends[0]} is none of its {vocabulary} tokens")
+        raise UserError(f"--model {name}: tokenizer and configs name no end token (eos_token) among its {vocabulary} tokens")
     return known
 
 
-def load_config(name, flag_name, args):
+def load_pretrained(auto_class, name, flag_name, args, **options):
+    """`auto_class.from_pretrained` of what the user gave as `flag_name`."""
     find_hub(name, flag_name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        return auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # transformers checks little of what stands in a config: anything may come of it
-        raise UserError(f"{flag_name} {name}: cannot be loaded: {why_not_loaded(error)}") from error
+        why = one_line(error)
+        if "trust_remote_code" in str(error):
+            why = "it comes with code of its own; --trust-remote-code lets that run on this machine"
+        if error.args == ("flat_row",):  # a key that the family's own table of attentions lacks
+            why = "its family keeps to attention of its own, which this project does not run"
+        raise UserError(f"{flag_name} {name}: cannot be loaded: {why}") from error
+
+
+def load_tokenizer(name, flag_name, args):
+    return load_pretrained(AutoTokenizer, name, flag_name, args)
+
+
+def load_config(name, flag_name, args):
+    return load_pretrained(AutoConfig, name, flag_name, args)
 
 
 def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention="flat_row"):
     """A transformers model from safetensors, by default in float32 and with this project's attention; dropout is off."""
     config = load_config(name, flag_name, args)
-    try:
-        model, report = auto_class.from_pretrained(
-            name, config=without_noise(config), dtype=dtype, attn_implementation=attention,
-            use_safetensors=True, trust_remote_code=args.trust_remote_code, output_loading_info=True,
-        )  # fmt: skip
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"{flag_name} {name}: cannot be loaded: {why_not_loaded(error)}") from error
+    model, report = load_pretrained(
+        auto_class, name, flag_name, args, config=without_noise(config), dtype=dtype, attn_implementation=attention,
+        use_safetensors=True, output_loading_info=True,
+    )  # fmt: skip
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{flag_name} {name}: weights of a {type(model).__name__} are missing: {', '.join(missing[:3])}")
     model.config_to_save = config
     return without_dropout(model)
-
-
-def load_tokenizer(name, flag_name, args):
-    find_hub(name, flag_name)
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except Exception as error:
-        raise UserError(f"{flag_name} {name}: no tokenizer could be loaded: {why_not_loaded(error)}") from error
 
 
 def find_hub(name, flag_name, kind="folder"):
@@ -1619,13 +1618,6 @@ def find_hub(name, flag_name, kind="folder"):
     except Exception:  # of httpx or requests, whichever this version of the client is made with
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
-
-def why_not_loaded(error):
-    if error.args == ("flat_row",):  # a key that the family's own table of attentions lacks
-        return "its family keeps to attention of its own, which this project does not run"
-    if "trust_remote_code" in str(error):
-        return "it comes with code of its own; --trust-remote-code lets that run on this machine"
-    return one_line(error)
 
 
 def without_noise(config):

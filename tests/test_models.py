@@ -101,7 +101,7 @@ def test_all_end_tokens_of_the_generation_config_end_a_completion(tmp_path, text
     assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
 
 
-def test_end_tokens_may_be_a_list_in_the_config_but_have_to_be_numbers(tmp_path, texts, reward_file, capsys):
+def test_end_tokens_may_be_a_list_in_the_config_and_what_is_no_number_counts_for_nothing(tmp_path, texts, reward_file, capsys):
     model = save_model(tmp_path / "model")
     (tmp_path / "model/generation_config.json").unlink()
     edit_config(model, eos_token_id=[1, 4])
@@ -109,8 +109,8 @@ def test_end_tokens_may_be_a_list_in_the_config_but_have_to_be_numbers(tmp_path,
     train(grpo, tmp_path, *flags)
     assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
     (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": "1"}')
-    with pytest.raises(common.UserError, match="--model .* eos_token_id .* is no number: .*'1'"):
-        train(grpo, tmp_path / "again", *flags)
+    train(grpo, tmp_path / "again", *flags)
+    assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
 
 
 def test_end_tokens_that_the_vocabulary_lacks_count_for_nothing(tmp_path, texts, reward_file, capsys):
@@ -121,7 +121,7 @@ def test_end_tokens_that_the_vocabulary_lacks_count_for_nothing(tmp_path, texts,
     train(grpo, tmp_path, "--model", model, *flags)
     assert "end tokens: 4 '<other-end>'; " in capsys.readouterr().out
     edit_config(model, eos_token_id=29)
-    with pytest.raises(common.UserError, match="its end token 29 is none of its 29 tokens"):
+    with pytest.raises(common.UserError, match="name no end token .eos_token. among its 29 tokens"):
         train(grpo, tmp_path / "again", "--model", model, *flags)
 
 
@@ -327,7 +327,7 @@ def test_a_model_with_code_of_its_own_names_the_flag_that_runs_it(tmp_path, text
     model = save_model(tmp_path / "model")
     edit_config(model, model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
     Path(model, "code.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(common.UserError, match="--model .* code of its own; --trust-remote-code"):
+    with pytest.raises(common.UserError, match="--model .* cannot be loaded: .* code of its own; --trust-remote-code"):
         train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
 
 
@@ -335,7 +335,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capfd):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a port that refuses
     args = common.parse_args(grpo.Args, ["--model", "someone/model"])
-    with pytest.raises(common.UserError, match="--model someone/model: no tokenizer could be loaded: .*connect"):
+    with pytest.raises(common.UserError, match="--model someone/model: cannot be loaded: .*connect"):
         common.load_tokenizer(args.model, "--model", args)
     assert "Retrying" not in capfd.readouterr().err
 
