@@ -596,19 +596,17 @@ class Run:
         the last step, without these, also in the terminal."""
         if self.rank > 0 or self.args.log_samples == 0:
             return
-        n = min(self.args.log_samples, len(prompts))
-        chosen = [i * len(prompts) // n for i in range(n)]
-        rows = [(str(prompts[i].prompt), completions[i], f"{scores[i].item():.3g}") for i in chosen]
-        table = [("prompt", "completion", "score", *extra), ["---"] * (3 + len(extra))]
-        table += [(*row, *(str(column[i]) for column in extra.values())) for i, row in zip(chosen, rows)]
-        table = [[cell.replace("|", "\\|").replace("\n", " ")[:500] for cell in row] for row in table]
+        n, head = min(self.args.log_samples, len(prompts)), ["prompt", "completion", "score", *extra]
+        rows = []
+        for i in (i * len(prompts) // n for i in range(n)):
+            cells = [prompts[i].prompt, completions[i], f"{scores[i].item():.3g}", *(column[i] for column in extra.values())]
+            rows.append([str(cell).replace("\n", " ") for cell in cells])
+        table = [[cell.replace("|", "\\|")[:500] for cell in row] for row in (head, ["---"] * len(head), *rows)]
         text = "\n".join(f"| {' | '.join(row)} |" for row in table)
         self.writer.add_text("completions/samples", utf8(text), step)
         if step == self.args.steps:
-            lines = [("prompt", "completion", "score")] + [
-                (prompt[-30:].replace("\n", " "), text[:38].replace("\n", " "), score[:8]) for prompt, text, score in rows
-            ]
-            self.say("\n".join(f"{score:>8} {prompt:>30} {text}" for prompt, text, score in lines))
+            for prompt, completion, score, *_ in (head, *rows):
+                self.say(f"{score:>8} {prompt[-30:]:>30} {completion[:38]}")
 
 
 # =============================================================================
