@@ -341,7 +341,7 @@ class Run:
         if args.model == "tiny" and self.device.type == "cpu":
             torch.set_num_threads(1)  # its matrices are too small to share between cores
         random.seed(args.seed), numpy.random.seed(args.seed), torch.manual_seed(args.seed)  # for reward functions
-        self.stop_signal, self.bar, self.matrix_rate = None, None, None
+        self.stop_signal, self.bar = None, None
         self.last_line, self.latest, self.said = 0.0, {}, set()
         self.micro_batch_tokens = args.micro_batch_tokens
         self.leaves_template_unused = False  # by the prompts of a chat model
@@ -3077,8 +3077,9 @@ def update_flops(models: list[nn.Module], rollout: Rollout) -> float:
     return flops
 
 
+@functools.cache
 def matrix_rate(device, dtype) -> float:
-    """Measured rate of this device's matrix product, in operations a second."""
+    """Measured rate of this device's matrix product, in operations a second; the first call measures it."""
     n, times = 8192 if device.type == "cuda" else 512, 10
     a = torch.arange(float(n * n), device=device).sin().view(n, n)  # no random numbers: reward functions may draw these
     a = a.to(dtype) if device.type == "cuda" else a
@@ -3112,8 +3113,8 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     metrics |= {f"perf/{phase}_seconds": value for phase, value in run.seconds.items()}
     metrics["perf/tokens_per_second"] = float(tokens) / seconds
     metrics["losses/skipped_updates"], run.skipped_updates = run.skipped_updates, 0
-    run.matrix_rate = run.matrix_rate or matrix_rate(run.device, run.compute_dtype)
-    metrics["perf/mfu"] = run.args.update_epochs * update_flops(learners, rollout) / run.seconds["update"] / run.matrix_rate
+    flops = run.args.update_epochs * update_flops(learners, rollout)
+    metrics["perf/mfu"] = flops / run.seconds["update"] / matrix_rate(run.device, run.compute_dtype)
     if run.device.type == "cuda":
         metrics["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     else:

@@ -816,7 +816,7 @@ def test_means_weigh_every_number_the_same_whatever_the_parts(run):
 
 def test_metrics_of_scores_far_from_0_of_equal_ones_and_of_none(run):
     rollout = common.rollout_of([[2, 3]] * 64, [[3, 1]] * 64, torch.device("cpu"))
-    run.matrix_rate, none = 1.0, torch.full((64,), math.nan)
+    none = torch.full((64,), math.nan)
 
     def metrics(scores):
         run.seconds, rollout.scores = {"rollout": 1.0, "update": 1.0}, scores
