@@ -268,15 +268,14 @@ def inner_progress(iterable, desc):
 
 def check_new_folder(folder):
     """Raises UserError unless `folder` is empty or can be made; makes nothing."""
-    parents = [path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(path)]
-    if not parents[0].is_dir():
-        raise UserError(f"--output-dir {folder}: {parents[0]} is a file")
-    if parents[0] == Path(folder) and any(parents[0].iterdir()):
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output-dir {folder}: {there} is a file, or a folder that cannot be written to")
+    if there == folder and any(folder.iterdir()):
         raise UserError(
             f"--output-dir {folder}: not empty, and nothing in it is overwritten (--resume goes on with a run)"
         )
-    if not os.access(parents[0], os.W_OK):
-        raise UserError(f"--output-dir {folder}: {parents[0]} cannot be written to")
 
 
 def utf8(text: str) -> str:
@@ -369,10 +368,8 @@ class Run:
             )
         if self.world > 1 and name not in ("cuda", "cpu"):
             raise UserError(f"--device {name}: several processes run on cuda (one GPU each) or on cpu")
-        try:
+        with explained_as(f"--device {name}"):
             device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        except RuntimeError as error:
-            raise UserError(f"--device {name}: no device is called so; take cuda, cuda:1, mps or cpu") from error
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {device}: there are only {torch.cuda.device_count()} GPUs here, one a process")
         if device.type == "cuda":
@@ -449,7 +446,7 @@ class Run:
         model, dataset = (re.sub(r"[^\w.-]+", "-", Path(name).name) for name in (args.model, args.dataset))
         name = f"{self.script}__{model}__{dataset}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or args.output_dir or Path("runs") / name)
-        try:
+        with explained_as(f"--output-dir {self.folder}: cannot be written", OSError):
             if self.rank == 0 and not args.resume and not args.output_dir:
                 self.folder = make_new_folder(self.folder)
             self.folder = self.gather(self.folder)[0]
@@ -457,15 +454,12 @@ class Run:
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
             if not args.resume:
-                check_new_folder(self.folder)
                 with open(self.folder / "args.json", "x") as file:  # fails where another run has just begun there
                     json.dump(dataclasses.asdict(args), file, indent=2)
             while any(self.folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
                 time.sleep(0.05)  # TensorBoard reads the files by name, second by second: this one has to come last
             self.writer = SummaryWriter(self.folder, purge_step=resumed_at + 1 if resumed_at else None)
             threading.excepthook = not_of_tensorboard
-        except OSError as error:
-            raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
         rows = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(args).items())
         self.writer.add_text("arguments", utf8(f"| flag | value |\n|---|---|\n{rows}"), resumed_at)
 
