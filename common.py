@@ -2222,21 +2222,23 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     evaluation, eval_dropped = tokenize_prompts(eval_rows, tokenizer, system_prompt, args.max_prompt_tokens)
     if dropped + eval_dropped:
         run.warn(f"{dropped + eval_dropped} prompts longer than --max-prompt-tokens {args.max_prompt_tokens} were dropped")
-    largest, vocabulary = max(max(prompt.ids) for prompt in train + evaluation), config.get_text_config().vocab_size
-    if largest >= vocabulary:
-        raise UserError(
-            f"--model {args.model}: its tokenizer gives token {largest}, and the model has only {vocabulary}: they do not "
-            f"belong together"
-        )
-    room = positions_of(config.get_text_config())
-    longest = max(len(prompt.ids) for prompt in train + evaluation)
+    if train_rows[: len(eval_rows)] == eval_rows:
+        run.warn(f"with {len(train_rows)} prompts none are held out: evaluation is on training prompts")
+    check_model_takes(train + evaluation, args, config.get_text_config())
+    return train, evaluation
+
+
+def check_model_takes(prompts: list[Prompt], args, config):
+    """Raises UserError for tokens that --model does not have, and for more tokens than it has positions for."""
+    largest, longest = max(max(prompt.ids) for prompt in prompts), max(len(prompt.ids) for prompt in prompts)
+    if largest >= config.vocab_size:
+        what = f"its tokenizer gives token {largest}, and the model has only {config.vocab_size}"
+        raise UserError(f"--model {args.model}: {what}: they do not belong together")
+    room = positions_of(config)
     if room and longest + args.max_new_tokens > room:
         raise UserError(
             f"--max-new-tokens {args.max_new_tokens}: with a prompt of {longest} more than the model's {room} positions"
         )
-    if train_rows[: len(eval_rows)] == eval_rows:
-        run.warn(f"with {len(train_rows)} prompts none are held out: evaluation is on training prompts")
-    return train, evaluation
 
 
 class PromptStream:
