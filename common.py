@@ -2248,8 +2248,8 @@ class PromptStream:
     run needs to set.
     """
 
-    def __init__(self, prompts: list[Prompt], seed: int, position: int = 0):
-        self.prompts, self.seed, self.position = prompts, seed, position
+    def __init__(self, prompts: list[Prompt], seed: int):
+        self.prompts, self.seed, self.position = prompts, seed, 0
         self._epoch, self._order = -1, []
 
     def next(self, n: int) -> list[Prompt]:

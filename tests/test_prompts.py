@@ -379,8 +379,8 @@ def test_a_chat_among_gsm8k_rows_is_not_asked_as_a_text():
         common.tokenize_train_and_eval(run.args, run, make_tokenizer(), config, texts, [{"prompt": CHAT}])
 
 
-def stream_of(size, seed=0, position=0):
-    return common.PromptStream([common.Prompt([i], str(i), {}) for i in range(size)], seed, position)
+def stream_of(size, seed=0):
+    return common.PromptStream([common.Prompt([i], str(i), {}) for i in range(size)], seed)
 
 
 @given(st.integers(1, 12), st.lists(st.integers(0, 30), max_size=8), st.integers(0, 3), st.data())
