@@ -1593,7 +1593,7 @@ def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention
     return without_dropout(model)
 
 
-def find_hub(name, flag_name, kind="folder"):
+def find_hub(name, flag_name):
     """Before `name` is loaded: if it is no path and the hub cannot be reached, only the hub's cache is looked into.
 
     Else its client tries ten times, which takes up to a minute, and prints every try. Raises UserError for a name that is
@@ -1602,7 +1602,7 @@ def find_hub(name, flag_name, kind="folder"):
     if os.path.exists(name):
         return
     if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):  # ./name is of that form but for its first character
-        raise UserError(f"{flag_name} {name}: there is no such {kind}")
+        raise UserError(f"{flag_name} {name}: there is no such file or folder")
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     try:
@@ -2030,7 +2030,7 @@ def read_hub_dataset(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
     """Yields ("id row n", row) of a hub dataset "id" or "id:config", through the datasets library."""
     name, _, config = dataset.partition(":")
     flag_name = "--dataset" if split == "train" else "--eval-dataset"
-    find_hub(name, flag_name, "file or folder")
+    find_hub(name, flag_name)
     try:
         import datasets  # reads at import whether the hub was found
     except ImportError:

@@ -623,13 +623,13 @@ def test_bad_input_is_one_line_and_status_2_before_a_model_loads(script, with_fi
 BAD_WITH_TOKENIZER = {
     "--model nosuch": "--model nosuch",
     "--model full": "--model full",
-    "--model ./no/such": "--model ./no/such: there is no such folder",
-    "--model ./none": "--model ./none: there is no such folder",
+    "--model ./no/such": "--model ./no/such: there is no such file or folder",
+    "--model ./none": "--model ./none: there is no such file or folder",
     "--model DIR --system-prompt Hello": "--system-prompt",
     "--model DIR --max-prompt-tokens 3": "--max-prompt-tokens 3",
     "--model DIR --max-new-tokens 100": "--max-new-tokens 100",
     "--model DIR --reward-model nosuch": "--reward-model nosuch",
-    "--model DIR --reward-model no/such/dir/at/all": "--reward-model no/such/dir/at/all: there is no such folder",
+    "--model DIR --reward-model no/such/dir/at/all": "--reward-model no/such/dir/at/all: there is no such file or folder",
 }
 
 
@@ -646,7 +646,7 @@ def test_a_critic_that_is_not_there_is_refused_before_a_model_loads(script, with
     assert script("--device", "cpu", "--critic-model", "full", module=ppo) == 2
     assert capfd.readouterr().err.startswith("ppo.py: error: --critic-model full: cannot be loaded: ")
     assert script("--device", "cpu", "--critic-model", "../none", module=ppo) == 2
-    assert capfd.readouterr().err == "ppo.py: error: --critic-model ../none: there is no such folder\n"
+    assert capfd.readouterr().err == "ppo.py: error: --critic-model ../none: there is no such file or folder\n"
 
 
 def test_a_default_folder_that_cannot_be_made_is_refused_before_a_model_loads(script, with_files, no_model_loads, capfd):
