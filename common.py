@@ -1521,10 +1521,9 @@ def load_tokenizer_and_config(args):
         tokenizer = tiny_tokenizer()
         return tokenizer, tiny_config(tokenizer)
     tokenizer, config = load_tokenizer(args.model, "--model", args), load_config(args.model, "--model", args)
-    with contextlib.suppress(AttributeError, ValueError):  # of models of sounds, pictures, ...
-        if isinstance(config.get_text_config().vocab_size, int):
-            return tokenizer, config
-    raise UserError(f"--model {args.model}: its config, a {type(config).__name__}, is not that of a causal language model")
+    with explained_as(f"--model {args.model}: its config, a {type(config).__name__}, is not that of a causal language model"):
+        operator.index(config.get_text_config().vocab_size)  # models of sounds, pictures, ... have none
+    return tokenizer, config
 
 
 def load_policy(args, run, tokenizer):
