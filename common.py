@@ -2183,9 +2183,9 @@ def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward
     return train_rows, eval_rows
 
 
-def as_question(prompt):
+def as_question(row: dict) -> dict:
     """A text as models without a chat template are asked; a chat as it is."""
-    return f"Question: {prompt}\nAnswer:" if isinstance(prompt, str) else prompt
+    return row | {"prompt": f"Question: {row['prompt']}\nAnswer:"} if isinstance(row["prompt"], str) else row
 
 
 GSM8K_INSTRUCTION = "Solve the problem step by step. Then write #### and the final number."
@@ -2199,9 +2199,7 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
             system_prompt = GSM8K_INSTRUCTION
             run.say(f"gsm8k: --system-prompt is {system_prompt!r}")
         else:
-            train_rows, eval_rows = (
-                [row | {"prompt": as_question(row["prompt"])} for row in rows] for rows in (train_rows, eval_rows)
-            )
+            train_rows, eval_rows = ([as_question(row) for row in rows] for rows in (train_rows, eval_rows))
             run.say("gsm8k: no chat template, so prompts are 'Question: ...' and 'Answer:'")
     given = [row["prompt"] for row in train_rows + eval_rows]
     has_system = system_prompt or any(map(begins_with_system, given))
