@@ -2526,41 +2526,38 @@ def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
 
 def load_reward_model(args, run) -> Callable:
     """A sequence-classification model with one label as a reward function; it may have a tokenizer of its own."""
+    name, classifier = f"--reward-model {args.reward_model}", AutoModelForSequenceClassification
     tokenizer = load_tokenizer(args.reward_model, "--reward-model", args)
-    classifier = AutoModelForSequenceClassification
     model = load_model(classifier, args.reward_model, "--reward-model", args, run.compute_dtype, attention=None)
     model.to(run.device).eval()
     if model.config.num_labels != 1:
-        raise UserError(
-            f"--reward-model {args.reward_model}: has {model.config.num_labels} labels; a reward is a single number"
-        )
+        raise UserError(f"{name}: has {model.config.num_labels} labels; a reward is a single number")
 
     config, known = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
     room = positions_of(config) or 0
     if 0 < room <= args.max_new_tokens:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: --reward-model {args.reward_model} has {room} positions")
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: {name} has {room} positions")
     if config.pad_token_id is None:  # transformers would refuse more than one row at a time
         config.pad_token_id = -1  # the id of no token, for rows of one length need none
 
     takes_system = bool(tokenizer.chat_template) and shows_system_message(tokenizer)
 
     def ids_of(prompt, completion):
-        if not isinstance(prompt, str) and not tokenizer.chat_template:
-            raise UserError(f"--reward-model {args.reward_model}: has no chat template, but the prompts are chats")
         if isinstance(prompt, str):
             ids = tokenizer(prompt + completion).input_ids
+        elif not tokenizer.chat_template:
+            raise UserError(f"{name}: has no chat template, but the prompts are chats")
         else:
-            *before, last = prompt if takes_system else system_in_user_turn(prompt)
-            if last["role"] == "assistant":  # the completion goes on with that message
-                chat = [*before, last | {"content": last["content"] + completion[0]["content"]}]
-            else:
-                chat = [*before, last, *completion]
-            ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+            chat = prompt if takes_system else system_in_user_turn(prompt)
+            if chat[-1]["role"] == "assistant":  # the completion goes on with that message
+                *chat, begun = chat
+                completion = [begun | {"content": begun["content"] + completion_text(completion)}]
+            ids = tokenizer.apply_chat_template([*chat, *completion], return_dict=False)
         if 0 < room < len(ids):
             what = f"has {room} positions, but a prompt with its completion {len(ids)} tokens"
-            raise UserError(f"--reward-model {args.reward_model}: {what}; lower --max-prompt-tokens or --max-new-tokens")
+            raise UserError(f"{name}: {what}; lower --max-prompt-tokens or --max-new-tokens")
         if max(ids) >= known:
-            raise UserError(f"--reward-model {args.reward_model}: its tokenizer has token {max(ids)}, but it knows {known}")
+            raise UserError(f"{name}: its tokenizer has token {max(ids)}, but it knows {known}")
         return ids
 
     @torch.no_grad()
