@@ -37,7 +37,7 @@ import time
 import traceback
 import types
 import typing
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -2341,7 +2341,10 @@ def fraction_as_text(found: re.Match) -> str:
 
 
 def last_match(pattern: str | re.Pattern, text: str) -> re.Match | None:
-    return next(iter(deque(re.finditer(pattern, text), maxlen=1)), None)
+    found = None
+    for found in re.finditer(pattern, text):
+        pass
+    return found
 
 
 def braced(text: str, start: int) -> str:
