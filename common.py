@@ -331,9 +331,8 @@ class Run:
         self.compute_dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
         if not args.resume:
             check_new_folder(args.output_dir or Path("runs", f"{self.script}__"))  # the name of no run, which goes on
-        if args.num_minibatches > args.prompts_per_step // self.world:
-            share = f"{args.prompts_per_step // self.world} prompts of a step and process"
-            raise UserError(f"--num-minibatches {args.num_minibatches} is more than the {share}")
+        if args.num_minibatches > args.prompts_per_step:
+            raise UserError(f"--num-minibatches {args.num_minibatches} is more than --prompts-per-step {args.prompts_per_step}")
         if self.world > 1 and args.prompts_per_step % (self.world * args.num_minibatches):
             parts = f"{self.world} processes and --num-minibatches {args.num_minibatches}"
             raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {parts}")
