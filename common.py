@@ -1520,7 +1520,7 @@ def load_tokenizer_and_config(args):
         tokenizer = tiny_tokenizer()
         return tokenizer, tiny_config(tokenizer)
     tokenizer, config = load_tokenizer(args.model, "--model", args), load_config(args.model, "--model", args)
-    with explained_as(f"--model {args.model}: its config, a {type(config).__name__}, is not that of a causal language model"):
+    with explained_as(f"--model {args.model}: its {type(config).__name__} is not that of a causal language model"):
         operator.index(config.get_text_config().vocab_size)  # models of sounds, pictures, ... have none
     return tokenizer, config
 
@@ -3212,7 +3212,7 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         random.setstate(python), torch.set_rng_state(torchs), numpy.random.set_state(numpys)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for i, moments in saved["optimizer"]["state"].items():
-            saved["optimizer"]["state"][i] = {name: placed(x, parameters[i]) if x.dim() else x for name, x in moments.items()}
+            moments |= {name: placed(x, parameters[i]) for name, x in moments.items() if x.dim()}
         optimizer.load_state_dict(saved["optimizer"])
         prompts.position = saved["position"]
     run.say(f"resuming after step {saved['state']['step']} from {folder}")

@@ -248,7 +248,7 @@ def test_a_model_of_no_language_is_refused_before_anything_loads(tmp_path):
     transformers.CanineConfig().save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model", eos_token="<end>")
     args = grpo.Args(model=str(tmp_path / "model"))
-    with pytest.raises(common.UserError, match="^--model .*: its config, a CanineConfig, is not that of a causal language model: "):
+    with pytest.raises(common.UserError, match="^--model .*: its CanineConfig is not that of a causal language model: "):
         common.load_tokenizer_and_config(args)
 
 
