@@ -2155,14 +2155,14 @@ def held_out_split(rows: list[dict], count: int, seed: int) -> tuple[list[dict],
     Of distinct prompts, since some datasets repeat each of theirs; none is on both sides. With fewer than 10 of them there
     is nothing to hold out: the evaluation rows are training rows.
     """
-    prompts, distinct = [json.dumps(row["prompt"]) for row in rows], {}
+    prompts, first_rows = [json.dumps(row["prompt"]) for row in rows], {}
     for prompt, row in zip(prompts, rows):
-        distinct.setdefault(prompt, row)
-    if len(distinct) < 10:
+        first_rows.setdefault(prompt, row)
+    if len(first_rows) < 10:
         return rows, rows[:count]
-    held = set(random.Random(seed).sample(list(distinct), min(count, len(distinct) // 10)))
+    held = set(random.Random(seed).sample(list(first_rows), min(count, len(first_rows) // 10)))
     train_rows = [row for prompt, row in zip(prompts, rows) if prompt not in held]
-    return train_rows, [row for prompt, row in distinct.items() if prompt in held]
+    return train_rows, [row for prompt, row in first_rows.items() if prompt in held]
 
 
 def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward") -> tuple[list[dict], list[dict]]:
@@ -2926,7 +2926,7 @@ def each_micro_batch(run, rollout: Rollout) -> Iterator[tuple[slice, Rollout]]:
 def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
     """`function(micro_batch)`, a (b, C') tensor, for all of `rollout` without gradients: (B, C), 0 outside the mask."""
 
-    def whole():
+    def attempt():
         table = torch.zeros(rollout.completion_ids.shape, device=run.device)
         for rows, batch in each_micro_batch(run, rollout):
             part = function(batch)
@@ -2934,7 +2934,7 @@ def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
         return table
 
     with torch.no_grad(), run.autocast():
-        return with_less_memory(run, whole)
+        return with_less_memory(run, attempt)
 
 
 def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer, means: "Means | None" = None):
@@ -2942,7 +2942,7 @@ def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer, means: "Mean
     means = means or Means()
     before = means.sums.copy()
 
-    def whole():
+    def attempt():
         optimizer.zero_grad(set_to_none=True)
         means.sums = before.copy()  # a second try, with smaller micro-batches, counts nothing twice
         for _, batch in each_micro_batch(run, rollout):
@@ -2950,7 +2950,7 @@ def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer, means: "Mean
                 loss = loss_of(batch)
             loss.backward()
 
-    with_less_memory(run, whole)
+    with_less_memory(run, attempt)
 
 
 def with_less_memory(run, function):
