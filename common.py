@@ -1944,18 +1944,17 @@ def load_rows(dataset: str, split: str, prompt_column: str = "prompt", answer_co
     else:
         source = read_hub_dataset(dataset, split)
     rows = []
-    for place, row in source:
-        if prompt_column not in row:
+    for place, given in source:
+        if prompt_column not in given:
             raise UserError(
-                f"{place}: no column '{prompt_column}' (it has {', '.join(row) or 'none'}); "
+                f"{place}: no column '{prompt_column}' (it has {', '.join(given) or 'none'}); "
                 f"name the right one with --prompt-column"
             )
-        check_prompt(row[prompt_column], place)
-        answer = row.get(answer_column)
-        row = Row(row, prompt=row[prompt_column])
-        row.place = place
+        check_prompt(given[prompt_column], place)
+        row = Row(given, prompt=given[prompt_column])
         if answer_column != "answer":
-            row["answer"] = answer
+            row["answer"] = given.get(answer_column)
+        row.place = place
         rows.append(row)
     if not rows:
         raise UserError(f"{dataset} holds no prompts")
