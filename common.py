@@ -2171,9 +2171,8 @@ def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward
     """
     train_rows = load_rows(args.dataset, "train", args.prompt_column, args.answer_column)
     if args.eval_dataset or args.dataset in ("addition", "gsm8k"):
-        eval_rows = load_rows(args.eval_dataset or args.dataset, "test", args.prompt_column, args.answer_column)[
-            : args.eval_prompts
-        ]
+        eval_rows = load_rows(args.eval_dataset or args.dataset, "test", args.prompt_column, args.answer_column)
+        eval_rows = eval_rows[: args.eval_prompts]
     else:
         train_rows, eval_rows = held_out_split(train_rows, args.eval_prompts, args.seed)
     check_rewards(rewards, train_rows, args.system_prompt)
