@@ -1980,9 +1980,8 @@ def check_prompt(prompt: Any, place: str):
         raise UserError(f'{place}: the prompt must be a text or a list of {{"role": text, "content": text}}')
     if not "".join(texts).strip():
         raise UserError(f"{place}: the prompt is empty")
-    # JSON can spell half a surrogate pair ("\ud800"), which no tokenizer takes.
-    if any(re.search("[\ud800-\udfff]", text) for text in texts):
-        raise UserError(f"{place}: the prompt holds half of a surrogate pair, which is no character")
+    with explained_as(f"{place}: the prompt is no text", UnicodeEncodeError):
+        "".join(texts).encode()  # JSON can spell half a surrogate pair ("\ud800"), which no tokenizer takes
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
