@@ -152,7 +152,7 @@ def parse_args(Args, argv=None):
         action.default = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))  # only what stands on the command line
     if not given.get("resume"):
-        return check_args(Args(**given))
+        return Args(**given)
     saved = saved_arguments(Path(given["resume"]))
     for name, value in given.items():
         if name not in RESUME_MAY_CHANGE and value != saved.get(name):
@@ -170,7 +170,7 @@ def parse_args(Args, argv=None):
         saved = vars(parser.parse_args(as_flags(saved)))
     except UserError as error:
         raise UserError(f"--resume {given['resume']}: its args.json: {error}") from None
-    return check_args(Args(**{**saved, **given}))
+    return Args(**{**saved, **given})
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
@@ -180,7 +180,7 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def check_args(args):
-    """Fill in the defaults that depend on the model and check all numbers; UserError names the flag."""
+    """Fills in the defaults that depend on the model and checks all numbers, when an `Args` is made; UserError names the flag."""
     for f in dataclasses.fields(args):
         (at_least, above, at_most), by_model = f.metadata["bounds"], f.metadata["by_model"]
         if getattr(args, f.name) is None and by_model != (None, None):
@@ -199,7 +199,6 @@ def check_args(args):
                 raise UserError(f"{name} must be above {above}, not {value}")
             if at_most is not None and value > at_most:
                 raise UserError(f"{name} must be at most {at_most}, not {value}")
-    return args
 
 
 def run_script(main, Args):
@@ -339,7 +338,7 @@ class Run:
         if args.model == "tiny" and self.device.type == "cpu":
             torch.set_num_threads(1)  # its matrices are too small to share between cores
         random.seed(args.seed), numpy.random.seed(args.seed), torch.manual_seed(args.seed)  # for reward functions
-        self.stop_signal, self.bar = None, None
+        self.stop_signal, self.bar, self.handlers = None, None, {}
         self.last_line, self.latest, self.said = 0.0, {}, set()
         self.micro_batch_tokens = args.micro_batch_tokens
         self.leaves_template_unused = False  # by the prompts of a chat model
@@ -490,7 +489,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                    signal.signal(number, stop)
+                    self.handlers[number] = signal.signal(number, stop)
 
     def must_stop(self) -> bool:
         """Whether any process was told to stop; all processes get the same answer."""
@@ -506,12 +505,16 @@ class Run:
             with tqdm.external_write_mode(file=sys.stdout):
                 print_line(text)
 
+    def to_go_on(self) -> str:
+        """The command that resumes the run."""
+        command = [os.path.relpath(inspect.getfile(type(self.args))), "--resume", str(self.folder)]
+        launcher = "python" if self.world == 1 else "torchrun ..."  # which options it had is not known here
+        return f"to go on: {launcher} {shlex.join(command)}"
+
     def say_stopped(self, step) -> int:
         """How to go on after a signal; returns the exit status."""
         self.close()
-        command = [os.path.relpath(inspect.getfile(type(self.args))), "--resume", str(self.folder)]
-        launcher = "python" if self.world == 1 else "torchrun ..."  # which options it had is not known here
-        self.say(f"stopped after step {step}; to go on: {launcher} {shlex.join(command)}")
+        self.say(f"stopped after step {step}; {self.to_go_on()}")
         self.gather(None)  # torchrun ends the other processes as soon as one has ended
         return 128 + self.stop_signal
 
@@ -529,6 +532,9 @@ class Run:
             self.bar.close()
         if self.writer is not None:
             self.writer.close()
+        if self.world == 1:  # else torchrun may still send a signal to the last to end
+            for number, handler in self.handlers.items():  # for a notebook, where Ctrl-C goes on to mean something
+                signal.signal(number, handler)
 
     def warn(self, text):
         self.say(f"warning: {text}")
@@ -3117,7 +3123,7 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
 # =============================================================================
 
 
-def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "PromptStream", state: dict[str, Any]):
+def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[str, Any]):
     """Write `checkpoints/step-…` of the run's folder. Models as safetensors, the rest as state.pt."""
     weights = {name: gathered(run, weights_of(model)) for name, model in models.items()}
     moments = {i: gathered(run, tensors) for i, tensors in optimizer.state_dict()["state"].items()}
@@ -3128,7 +3134,7 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
     with complete_or_absent(folder, f"--output-dir {run.folder}: the checkpoint of step {state['step']}") as partial:
         for name, tensors in weights.items():
             safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
-        saved = {"state": state, "position": prompts.position, "optimizer": optimizer.state_dict() | {"state": moments}}
+        saved = {"state": state, "optimizer": optimizer.state_dict() | {"state": moments}}
         torch.save(saved | {"random_states": random_states, "script": run.script}, partial / "state.pt")
         digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
@@ -3137,6 +3143,21 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
     older = older[: older.index(folder) + 1]
     for path in [*older[: -run.args.keep_checkpoints], *folder.parent.glob(".*.partial")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dict[str, Any]):
+    """For what comes before a step's update: if the block raises a UserError, the steps done so far are saved first.
+
+    With several processes nothing is saved, since the others do not know of the error and would have to save, too.
+    """
+    try:
+        yield
+    except UserError as error:
+        if run.world > 1 or state["step"] == 0:
+            raise
+        save_checkpoint(run, models, optimizer, state)
+        raise UserError(f"{error}; the steps before this one are saved; {run.to_go_on()}") from error
 
 
 def numpy_random_state():
@@ -3211,7 +3232,7 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         for i, moments in saved["optimizer"]["state"].items():
             moments |= {name: placed(x, parameters[i]) for name, x in moments.items() if x.dim()}
         optimizer.load_state_dict(saved["optimizer"])
-        prompts.position = saved["position"]
+        prompts.position = saved["state"]["position"]
     run.say(f"resuming after step {saved['state']['step']} from {folder}")
     return saved["state"]
 

@@ -104,6 +104,8 @@ class Args:
     resume: str | None = flag(help="the folder of a run to go on with")
     log_samples: int = flag(4, "completions in the table of samples", at_least=0)
 
+    __post_init__ = common.check_args  # fills in the defaults that depend on the model, and checks the bounds
+
 
 LOSS_DEFAULTS = {  # clip_low, clip_high, scale_rewards: as the paper of each has them; 0.2 where it names no number
     "grpo": (0.2, 0.2, True),
@@ -296,11 +298,12 @@ def main(args: Args) -> int:
 
         # ---- Score: the only thing that the policy learns from ----
         run.phase("reward")
-        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
-        if args.dynamic_sampling:
-            resampled = resample_equal_groups(
-                run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores
-            )
+        with common.checkpoint_on_error(run, models, optimizer, state):  # a reward function may fail
+            scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
+            if args.dynamic_sampling:
+                resampled = resample_equal_groups(
+                    run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores
+                )
         rollout.scores = scores.total.to(run.device)  # (B,)
         if args.overlong_buffer:
             penalty = overlong_penalty(rollout.lengths, args.max_new_tokens, args.overlong_buffer)
@@ -383,10 +386,10 @@ def main(args: Args) -> int:
             metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
         run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)
-        state |= {"step": step, "accuracy": metrics.get("eval/accuracy")}
+        state |= {"step": step, "position": prompts.position, "accuracy": metrics.get("eval/accuracy")}
         stopped = run.must_stop()
         if stopped or (args.save_every and step % args.save_every == 0):
-            common.save_checkpoint(run, models, optimizer, prompts, state)
+            common.save_checkpoint(run, models, optimizer, state)
         if stopped:
             return run.say_stopped(step)
 

@@ -103,6 +103,8 @@ class Args:
     resume: str | None = flag(help="the folder of a run to go on with")
     log_samples: int = flag(4, "completions in the table of samples", at_least=0)
 
+    __post_init__ = common.check_args  # fills in the defaults that depend on the model, and checks the bounds
+
 
 def check_flags(args: Args):
     """Refuses flags that would do nothing, and a --kl-horizon with which beta could become negative."""
@@ -254,7 +256,8 @@ def main(args: Args) -> int:
 
         # ---- Score: the only thing that the policy learns from ----
         run.phase("reward")
-        scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
+        with common.checkpoint_on_error(run, models, optimizer, state):  # a reward function may fail
+            scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
         rollout.scores = scores.total.to(run.device)  # (B,)
         rollout.leave_out(scores.total.isnan())  # no reward function applies to these: they count nowhere
 
@@ -339,10 +342,10 @@ def main(args: Args) -> int:
             metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
         run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)
-        state |= {"step": step, "accuracy": metrics.get("eval/accuracy")}
+        state |= {"step": step, "position": prompts.position, "accuracy": metrics.get("eval/accuracy")}
         stopped = run.must_stop()
         if stopped or (args.save_every and step % args.save_every == 0):
-            common.save_checkpoint(run, models, optimizer, prompts, state)
+            common.save_checkpoint(run, models, optimizer, state)
         if stopped:
             return run.say_stopped(step)
 

@@ -350,7 +350,7 @@ def train(tmp_path, **flags):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.Run, "log", watch)
-        assert grpo.main(common.check_args(grpo.Args(**flags))) == 0
+        assert grpo.main(grpo.Args(**flags)) == 0
     return found[0], found[60]
 
 
@@ -421,5 +421,5 @@ def test_a_whole_run_on_the_path_of_a_gpu(graphs_on_cpu, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "warm_start", lambda *_, **__: None)
         flags = dict(steps=2, eval_every=0, eval_prompts=8, prompts_per_step=4, group_size=4, log_samples=0, device="cpu")
-        assert grpo.main(common.check_args(grpo.Args(output_dir=str(tmp_path / "run"), **flags))) == 0
+        assert grpo.main(grpo.Args(output_dir=str(tmp_path / "run"), **flags)) == 0
     assert Recording.count

@@ -485,10 +485,12 @@ def test_flags_take_dashes_and_underscores_and_lists_repeat():
 
 
 def test_defaults_depend_on_the_model_and_dataset_of_tiny_is_addition():
-    tiny, real = common.parse_args(grpo.Args, []), common.parse_args(grpo.Args, ["--model", "somebody/model"])
+    tiny, real = grpo.Args(), common.parse_args(grpo.Args, ["--model", "somebody/model"])
     assert (tiny.dataset, real.dataset) == ("addition", "gsm8k")
     for name in ("steps", "max_new_tokens", "learning_rate"):
         assert getattr(tiny, name) != getattr(real, name)
+    with pytest.raises(common.UserError, match="--group-size must be at least 2"):
+        grpo.Args(group_size=1)
     assert common.parse_args(grpo.Args, ["--kl-coef", "0"]).kl_coef == 0  # 0 is no missing value
     assert common.parse_args(grpo.Args, ["--reward-weights", "-1e-3"]).reward_weights == [-1e-3]  # no flag called -1e-3
 

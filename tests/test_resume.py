@@ -95,6 +95,34 @@ def test_stopped_run_resumes_to_the_same_bits(script, name, status, materials, u
     assert_same_end(tmp_path / "run", undisturbed[script])
 
 
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_reward_function_that_fails_costs_no_step(script, materials, undisturbed, tmp_path, monkeypatch):
+    """Not even without --save-every."""
+    monkeypatch.setenv("ACT", "error at call 4")
+    argv = runs.arguments(materials, script, tmp_path / "run", **FLAGS[script] | {"save_every": 0})
+    with pytest.raises(common.UserError, match="on the last process alone.*; the steps before this one are saved; to go on: "):
+        runs.run_here(script, argv)
+    assert names(tmp_path / "run" / "checkpoints") == ["step-000002"]
+    monkeypatch.delenv("ACT")
+    assert runs.run_here(script, ["--resume", str(tmp_path / "run")]) == 0
+    assert_same_end(tmp_path / "run", undisturbed[script])
+
+
+def test_reward_function_that_fails_in_the_first_step_leaves_no_checkpoint(materials, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACT", "error at call 2")
+    with pytest.raises(common.UserError, match="on the last process alone") as caught:
+        runs.run_here("ppo", runs.arguments(materials, "ppo", tmp_path / "run"))
+    assert "saved" not in str(caught.value) and not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("act", ["", "SIGINT at call 3"])
+def test_a_notebook_gets_its_ctrl_c_back(act, materials, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACT", act)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert runs.run_here("grpo", runs.arguments(materials, "grpo", tmp_path / "run")) == (130 if act else 0)
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
 def test_resumed_run_may_be_stopped_again_and_moved(materials, undisturbed, tmp_path, monkeypatch):
     folder = tmp_path / "0"
     monkeypatch.setenv("ACT", "SIGINT at call 2")
