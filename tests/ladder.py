@@ -14,8 +14,9 @@ with 2 epochs of 2 minibatches unless it says otherwise. The rungs:
     4+KL       ppo.py --kl-coef 0.001
     5-GRPO     grpo.py --kl-coef 0.001
 
-Other runs hold single claims against numbers: four epochs on each batch with and without the clip; a verifier with a
-hole, with more and less KL; scores with a point added for looking like an answer; gradient noise at the start.
+Other runs hold single claims against numbers: the last two rungs with fewer and more prompts for as many completions;
+four epochs on each batch with and without the clip; a verifier with a hole, with more and less KL; scores with a point
+added for looking like an answer; gradient noise at the start.
 
 Results go to .github/ladder.json, a line for a run, and the figure to .github/ladder.png (needs matplotlib). Seconds are
 CPU seconds of the training steps on one thread, without warm start and evaluation, so that other programs on the
@@ -57,6 +58,8 @@ RUNGS = {
 SHIFTED = "--reward tests/ladder.py:shifted --eval-reward exact"
 HOLE = "--reward tests/ladder.py:with_a_hole --eval-reward exact"
 EXPERIMENTS = RUNGS | {
+    "4+KL-32x8": f"{RUNGS['4+KL']} --prompts-per-step {PROMPTS} --samples-per-prompt {SAMPLES}",
+    "5-GRPO-128x2": f"{RUNGS['5-GRPO']} --prompts-per-step {4 * PROMPTS} --group-size {SAMPLES // 4}",
     "4-epochs-clip": f"{GRPO} --update-epochs 4 --kl-coef 0",
     "4-epochs-no-clip": f"{GRPO} --update-epochs 4 --kl-coef 0 {NO_CLIP}",
     "hole-GRPO-0": f"{GRPO} --update-epochs 2 --kl-coef 0 {HOLE}",
