@@ -268,7 +268,8 @@ def inner_progress(iterable, desc):
 def check_new_folder(folder):
     """Raises UserError unless `folder` is empty or can be made; makes nothing."""
     folder = Path(folder)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # Path.exists would raise for a name that is too long, before Python 3.14.
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--output-dir {folder}: {there} is a file, or a folder that cannot be written to")
     if there == folder and any(folder.iterdir()):

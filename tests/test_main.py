@@ -657,6 +657,11 @@ def test_a_default_folder_that_cannot_be_made_is_refused_before_a_model_loads(sc
     assert_refused(script("--device", "cpu"), capfd.readouterr(), "runs is a file, or", with_files, before)
 
 
+def test_a_folder_whose_name_is_too_long_is_refused_in_one_line(script, tiny_folder, capfd):
+    assert script("--model", tiny_folder, *SHORT, "--output-dir", "x" * 300) == 2
+    assert capfd.readouterr().err.startswith(f"grpo.py: error: --output-dir {'x' * 300}: cannot be written: OSError: ")
+
+
 def test_a_folder_beside_the_runs_is_in_nobodys_way(with_files, monkeypatch):
     monkeypatch.chdir(with_files)
     (with_files / "runs/new").mkdir(parents=True)
