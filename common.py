@@ -2488,12 +2488,12 @@ class Scores:
                 mine[row] = value
 
 
-def load_rewards(names: list[str]) -> list[Reward]:
-    """Rewards by name: a built-in one, or "file.py:function", whose file is executed once.
+def load_rewards(names: list[str], modules: dict[str, types.ModuleType] | None = None) -> list[Reward]:
+    """Rewards by name: a built-in one, or "file.py:function", whose file is executed once, unless it is in `modules`.
 
     Raises UserError for a name, file or function that cannot be had.
     """
-    rewards, modules = [], {}
+    rewards, modules = [], {} if modules is None else modules
     # Other scalars, reward/mean and so on, have these names.
     taken = {"mean", "std", "frac_zero_std", "resampled_groups", "reward_model"}
     for name in names:
@@ -2522,11 +2522,12 @@ def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
     weights = args.reward_weights or [1.0] * count
     if len(weights) != count:
         raise UserError(f"--reward-weights has {len(weights)} numbers for {count} rewards; give one each")
-    rewards = load_rewards(names)
+    modules = {}
+    rewards = load_rewards(names, modules)
     if args.reward_model:
         rewards.append(Reward("reward_model", load_reward_model(args, run)))
     # What is right does not depend on how much it counts: evaluation goes by the reward without its weight.
-    eval_reward = load_rewards([args.eval_reward])[0] if args.eval_reward else rewards[0]
+    eval_reward = load_rewards([args.eval_reward], modules)[0] if args.eval_reward else rewards[0]
     return [dataclasses.replace(reward, weight=weight) for reward, weight in zip(rewards, weights)], eval_reward
 
 

@@ -370,6 +370,14 @@ def test_a_weight_does_not_change_what_evaluation_counts_as_right():
     assert (eval_reward.name, eval_reward.function, eval_reward.weight) == ("exact", common.exact_reward, 1.0)
 
 
+def test_a_file_with_a_reward_for_training_and_one_for_evaluation_is_executed_once(tmp_path):
+    """A second module of it would have a name under which processes that a function spawns do not find it."""
+    (tmp_path / "executed_once.py").write_text("def one(**_): pass\ndef other(**_): pass\n")
+    args = grpo.Args(reward=[f"{tmp_path}/executed_once.py:one"], eval_reward=f"{tmp_path}/executed_once.py:other")
+    (reward,), eval_reward = common.load_all_rewards(args, None)
+    assert reward.function.__module__ == eval_reward.function.__module__ == "executed_once"
+
+
 @pytest.mark.parametrize("flags", ["--dynamic-sampling", "--advantage rloo", "--advantage batch", "--overlong-buffer 2", "--tis-cap 0 --dtype bfloat16"])
 def test_options_of_the_family_run_to_the_end(script, tiny_folder, tmp_path, flags, capsys):
     (tmp_path / "rewards.py").write_text("def some(completion_ids, **_):\n    return [None if i[0] % 3 == 0 else sum(i) / 10 for i in completion_ids]\n")
