@@ -180,7 +180,7 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def check_args(args):
-    """Fills in the defaults that depend on the model and checks all numbers, when an `Args` is made; UserError names the flag."""
+    """When an `Args` is made: fills in the defaults that depend on the model, checks numbers and choices; UserError names the flag."""
     for f in dataclasses.fields(args):
         (at_least, above, at_most), by_model = f.metadata["bounds"], f.metadata["by_model"]
         if getattr(args, f.name) is None and by_model != (None, None):
@@ -189,6 +189,9 @@ def check_args(args):
         for value in given if isinstance(given, list) else [given]:
             if value == "" and f.name != "system_prompt":
                 raise UserError(f"{name} is empty")
+            choices = f.metadata["argument"].get("choices")
+            if choices and value is not None and value not in choices:  # the parser has refused it, but Python may have made it
+                raise UserError(f"{name} must be one of {', '.join(choices)}, not {value}")
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 continue
             if isinstance(value, float) and not math.isfinite(value) and ("clip" not in f.name or math.isnan(value)):

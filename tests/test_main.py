@@ -499,6 +499,8 @@ def test_defaults_depend_on_the_model_and_dataset_of_tiny_is_addition():
         assert getattr(tiny, name) != getattr(real, name)
     with pytest.raises(common.UserError, match="--group-size must be at least 2"):
         grpo.Args(group_size=1)
+    with pytest.raises(common.UserError, match="--kl-estimator must be one of k1, k2, k3, not K3"):
+        grpo.Args(kl_estimator="K3")
     assert common.parse_args(grpo.Args, ["--kl-coef", "0"]).kl_coef == 0  # 0 is no missing value
     assert common.parse_args(grpo.Args, ["--reward-weights", "-1e-3"]).reward_weights == [-1e-3]  # no flag called -1e-3
 
