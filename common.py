@@ -3227,7 +3227,8 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
             for key, tensor in weights_of(model).items():
                 tensor.copy_(placed(file.get_tensor(key), tensor))
     # Code in it is refused; one that another version of this project wrote may lack what is looked for.
-    with explained_as(f"--resume {run.args.resume}: {folder / 'state.pt'} cannot be loaded"):
+    hint = "perhaps another version of this project wrote it"
+    with explained_as(f"--resume {run.args.resume}: {folder / 'state.pt'} cannot be loaded, {hint}"):
         saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=run.world > 1)
         if saved["script"] != run.script:
             run.warn(f"this run was begun by {saved['script']}.py and goes on with {run.script}.py")

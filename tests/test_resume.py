@@ -330,7 +330,7 @@ def test_checkpoint_is_no_place_for_code(stopped):
     torch.save({"state": Evil()}, folder / "state.pt")
     manifest = {path.name: common.file_digest(path) for path in folder.iterdir() if path.name != "manifest.json"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(common.UserError, match="state.pt cannot be loaded: UnpicklingError: Weights only load failed"):
+    with pytest.raises(common.UserError, match="state.pt cannot be loaded, .*: UnpicklingError: Weights only load failed"):
         runs.run_here("grpo", ["--resume", str(stopped)])
     assert not mark.exists()
 
@@ -442,7 +442,7 @@ def test_checkpoint_of_another_version_is_refused(stopped):
     torch.save({name: value for name, value in saved.items() if name != "random_states"}, folder / "state.pt")
     manifest = json.loads((folder / "manifest.json").read_text()) | {"state.pt": common.file_digest(folder / "state.pt")}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(common.UserError, match="step-000004/state.pt cannot be loaded: KeyError: .random_states"):
+    with pytest.raises(common.UserError, match="step-000004/state.pt cannot be loaded, perhaps another version .* wrote it: KeyError: .random_st"):
         runs.run_here("grpo", ["--resume", str(stopped)])
 
 
