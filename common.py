@@ -1619,7 +1619,6 @@ def find_hub(name, flag_name):
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-
 def without_noise(config):
     """A copy without dropout and router jitter, for families that read these at each call instead of in an nn.Dropout."""
     config = copy.deepcopy(config)
