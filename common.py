@@ -3151,7 +3151,7 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
 
 @contextlib.contextmanager
 def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dict[str, Any]):
-    """For what comes before a step's update: if the block raises a UserError, the steps done so far are saved first.
+    """If the block raises a UserError, the steps done so far are saved first. For any part of a step but its update.
 
     With several processes nothing is saved, since the others do not know of the error and would have to save, too.
     """
@@ -3161,7 +3161,7 @@ def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dic
         if run.world > 1 or state["step"] == 0:
             raise
         save_checkpoint(run, models, optimizer, state)
-        raise UserError(f"{error}; the steps before this one are saved; {run.to_go_on()}") from error
+        raise UserError(f"{error}; the steps before are saved; {run.to_go_on()}") from error
 
 
 def numpy_random_state():

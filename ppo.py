@@ -337,12 +337,14 @@ def main(args: Args) -> int:
         if args.kl_target is not None and reference is not None:
             kl_seq, B = metrics["objective/kl_seq"], args.prompts_per_step * G
             state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_seq, args.kl_target, B, args.kl_horizon)
+        state |= {"step": step, "position": prompts.position}
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
-            metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
+            with common.checkpoint_on_error(run, models, optimizer, state):
+                metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
         run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)
-        state |= {"step": step, "position": prompts.position, "accuracy": metrics.get("eval/accuracy")}
+        state["accuracy"] = metrics.get("eval/accuracy", math.nan)
         stopped = run.must_stop()
         if stopped or (args.save_every and step % args.save_every == 0):
             common.save_checkpoint(run, models, optimizer, state)

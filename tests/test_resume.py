@@ -100,12 +100,28 @@ def test_reward_function_that_fails_costs_no_step(script, materials, undisturbed
     """Not even without --save-every."""
     monkeypatch.setenv("ACT", "error at call 4")
     argv = runs.arguments(materials, script, tmp_path / "run", **FLAGS[script] | {"save_every": 0})
-    with pytest.raises(common.UserError, match="on the last process alone.*; the steps before this one are saved; to go on: "):
+    with pytest.raises(common.UserError, match="on the last process alone.*; the steps before are saved; to go on: "):
         runs.run_here(script, argv)
     assert names(tmp_path / "run" / "checkpoints") == ["step-000002"]
     monkeypatch.delenv("ACT")
     assert runs.run_here(script, ["--resume", str(tmp_path / "run")]) == 0
     assert_same_end(tmp_path / "run", undisturbed[script])
+
+
+@pytest.mark.parametrize("call", [4, 7])
+def test_reward_function_that_fails_in_an_evaluation_costs_no_step(call, materials, tmp_path, monkeypatch, capsys):
+    """In that after step 2, or in the last one, after which nothing is left to do."""
+    monkeypatch.setenv("NOISE", "")  # which evaluations draw, too
+    assert runs.run_here("grpo", runs.arguments(materials, "grpo", tmp_path / "undisturbed", steps=4, eval_every=2)) == 0
+    monkeypatch.setenv("ACT", f"error at call {call}")
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=4, eval_every=2)
+    with pytest.raises(common.UserError, match="on the last process alone.*; the steps before are saved; to go on: "):
+        runs.run_here("grpo", argv)
+    assert names(tmp_path / "run" / "checkpoints") == ["step-000002" if call == 4 else "step-000004"]
+    monkeypatch.delenv("ACT")
+    assert runs.run_here("grpo", ["--resume", str(tmp_path / "run")]) == 0
+    assert ("eval/accuracy=nan" in capsys.readouterr().out) == (call == 7)
+    assert runs.largest_difference(tmp_path / "run", tmp_path / "undisturbed") == 0
 
 
 def test_reward_function_that_fails_in_the_first_step_leaves_no_checkpoint(materials, tmp_path, monkeypatch):
