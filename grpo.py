@@ -381,7 +381,7 @@ def main(args: Args) -> int:
         metrics |= {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr_share * args.learning_rate}
         if args.dynamic_sampling:
             metrics["reward/resampled_groups"] = run.sum(resampled)[0]
-        state |= {"step": step, "position": prompts.position}
+        state |= {"step": step, "position": prompts.position}  # a resumed run goes on from here
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
             with common.checkpoint_on_error(run, models, optimizer, state):

@@ -337,7 +337,7 @@ def main(args: Args) -> int:
         if args.kl_target is not None and reference is not None:
             kl_seq, B = metrics["objective/kl_seq"], args.prompts_per_step * G
             state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_seq, args.kl_target, B, args.kl_horizon)
-        state |= {"step": step, "position": prompts.position}
+        state |= {"step": step, "position": prompts.position}  # a resumed run goes on from here
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
             with common.checkpoint_on_error(run, models, optimizer, state):
