@@ -538,7 +538,7 @@ class Run:
             self.writer.close()
         if self.world == 1:  # else torchrun may still send a signal to the last to end
             for number, handler in self.handlers.items():  # for a notebook, where Ctrl-C goes on to mean something
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def warn(self, text):
         self.say(f"warning: {text}")
