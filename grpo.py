@@ -104,7 +104,7 @@ class Args:
     resume: str | None = flag(help="the folder of a run to go on with")
     log_samples: int = flag(4, "completions in the table of samples", at_least=0)
 
-    __post_init__ = common.check_args  # fills in the defaults that depend on the model, and checks the bounds
+    __post_init__ = common.check_args  # fills in the defaults that depend on the model, and checks bounds and choices
 
 
 LOSS_DEFAULTS = {  # clip_low, clip_high, scale_rewards: as the paper of each has them; 0.2 where it names no number

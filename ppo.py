@@ -103,7 +103,7 @@ class Args:
     resume: str | None = flag(help="the folder of a run to go on with")
     log_samples: int = flag(4, "completions in the table of samples", at_least=0)
 
-    __post_init__ = common.check_args  # fills in the defaults that depend on the model, and checks the bounds
+    __post_init__ = common.check_args  # fills in the defaults that depend on the model, and checks bounds and choices
 
 
 def check_flags(args: Args):
@@ -198,8 +198,7 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
 
 def is_value_clipped(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float) -> Tensor:
     """Where the clip of the value loss binds, so that a value gets no gradient: (B, C) of 0 and 1."""
-    clipped = torch.clamp(values, old_values - value_clip, old_values + value_clip)
-    return ((clipped - returns).square() > (values - returns).square()).float()
+    return (value_loss(values, old_values, returns, value_clip) > 0.5 * (values - returns).square()).float()
 
 
 # =============================================================================
