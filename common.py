@@ -912,6 +912,8 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
     """
     embedding, head, slots = model.get_input_embeddings(), model.get_output_embeddings(), batch.slots()
     (tokens, layout), weight, embedded = flat_row(batch), head.weight, None
+    if torch.is_grad_enabled():
+        weight.packed = None  # its gradient wants the memory
     if weight is embedding.weight and type(embedding) is nn.Embedding and not embedding._forward_hooks:
         weight, embedded = TiedWeight.apply(weight, tokens[None])
     states = flat_forward(model, tokens, layout.positions, layout, embedded).index_select(0, layout.predictors)
@@ -1247,7 +1249,11 @@ PACK_FROM = 2**24  # numbers; smaller weights stay in the cache
 
 
 def packed(weight, rows):
-    """A large float32 weight in oneDNN's own order, with which products of few rows take half the time on a CPU; else None."""
+    """A large float32 weight in oneDNN's own order, with which products of few rows take half the time on a CPU; else None.
+
+    Made anew for each rollout and kept beside the weight until its gradient wants the memory, which then is at hand: the
+    host of a virtual machine takes freed memory back after some seconds, and touching it anew took 6 % of a step.
+    """
     is_large = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= PACK_FROM
     if not is_large or not torch.backends.mkldnn.is_available():
         return None
@@ -1347,7 +1353,8 @@ class Sampler:
         self.allocate(B, P, uniforms)
         is_low = self.compute_dtype != torch.float32
         was_training = self.model.training
-        self.packed_head = packed(self.model.get_output_embeddings().weight, B)
+        weight = self.model.get_output_embeddings().weight
+        weight.packed = packed(weight, B)
         is_plain = PlainForward.fits(self.model)
         self.forward = PlainForward(self.model) if is_plain else functools.partial(flat_forward, self.model)
         self.draw = fused(draw) if is_compiled(self.model) else draw
@@ -1403,8 +1410,8 @@ class Sampler:
 
     def logits(self, states):
         head, scale = self.model.get_output_embeddings(), logit_scale(self.model) / self.temperature
-        if self.packed_head is not None:
-            logits = torch.ops.mkldnn._linear_pointwise(states, self.packed_head, head.bias, "none", [], "")
+        if head.weight.packed is not None:
+            logits = torch.ops.mkldnn._linear_pointwise(states, head.weight.packed, head.bias, "none", [], "")
             return logits if scale == 1.0 else logits.mul_(scale)
         logits = states.new_empty(len(states), len(head.weight), dtype=torch.float32)
         return head_logits(states.to(head.weight.dtype), head.weight, head.bias, scale, out=logits)
@@ -1490,7 +1497,7 @@ class Sampler:
             sampler_entropy=self.entropy[:B, :C].clone(),
         )
         if not self.is_cuda:
-            self.cache = self.packed_head = None  # the memory is wanted by the update
+            self.cache = None  # the memory is wanted by the update
         return rollout
 
 
