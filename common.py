@@ -222,6 +222,9 @@ def run_script(main, Args):
             if store is not None:
                 store.set("ended", "")
         status = 2
+    except KeyboardInterrupt:  # before the training loop, or the second one in it
+        sys.stdout.flush()
+        os._exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -350,7 +353,6 @@ class Run:
         self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
         # What TRL's reward functions read: steps done so far, and in all.
         self.trainer_state = types.SimpleNamespace(global_step=0, max_steps=args.steps)
-        self.catch_signals()
         if args.model != "tiny" and not args.resume:
             self.say_defaults()
 
@@ -422,11 +424,12 @@ class Run:
         return items[self.rank * size : (self.rank + 1) * size]
 
     def steps(self, first: int):
-        """The numbers of the steps still to do, with a progress bar."""
+        """The numbers of the steps still to do, with a progress bar. From here on signals stop the run after a step."""
         form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # fits into 80 columns
         numbers, total = range(first, self.args.steps + 1), self.args.steps
         self.bar = progress(numbers, None, initial=first - 1, total=total, bar_format=form)
         self.trainer_state.global_step = first - 1
+        self.catch_signals()
         return self.bar
 
     def phase(self, name: str | None):
@@ -468,7 +471,7 @@ class Run:
     # ---- signals ----
 
     def catch_signals(self):
-        """In the training loop the first Ctrl-C, SIGTERM or SIGHUP lets the step in hand finish; a second stops at once.
+        """The first Ctrl-C, SIGTERM or SIGHUP lets the step in hand finish; a second does what it would have done anyway.
 
         But not a second SIGHUP: when a terminal is closed its shell sends one to its jobs, and Linux one more.
         """
@@ -480,8 +483,9 @@ class Run:
                     signal.signal(number, signal.SIG_DFL)
                     os.kill(os.getpid(), number)
                 return
-            if self.bar is None or self.stop_signal and number != signal.SIGHUP:
-                os._exit(128 + number)
+            if self.stop_signal and number != signal.SIGHUP:
+                self.give_signals_back()
+                return os.kill(process, number)
             self.stop_signal = number
             if number == signal.SIGHUP:  # the terminal is gone, and writing to it would be an error
                 null = os.open(os.devnull, os.O_WRONLY)
@@ -494,6 +498,11 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     self.handlers[number] = signal.signal(number, stop)
+
+    def give_signals_back(self):
+        """In a notebook Ctrl-C goes on to mean something."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def must_stop(self) -> bool:
         """Whether any process was told to stop; all processes get the same answer."""
@@ -537,8 +546,7 @@ class Run:
         if self.writer is not None:
             self.writer.close()
         if self.world == 1:  # else torchrun may still send a signal to the last to end
-            for number, handler in self.handlers.items():  # for a notebook, where Ctrl-C goes on to mean something
-                signal.signal(number, handler or signal.SIG_DFL)
+            self.give_signals_back()
 
     def warn(self, text):
         self.say(f"warning: {text}")
@@ -3165,6 +3173,7 @@ def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dic
     try:
         yield
     except UserError as error:
+        run.close()
         if run.world > 1 or state["step"] == 0:
             raise
         save_checkpoint(run, models, optimizer, state)

@@ -131,11 +131,19 @@ def test_reward_function_that_fails_in_the_first_step_leaves_no_checkpoint(mater
     assert "saved" not in str(caught.value) and not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("act", ["", "SIGINT at call 3"])
-def test_a_notebook_gets_its_ctrl_c_back(act, materials, tmp_path, monkeypatch):
+ENDS = {"": 0, "SIGINT at call 3": 130, "error at call 3": common.UserError, "SIGINT and SIGINT at call 3": KeyboardInterrupt}
+
+
+@pytest.mark.parametrize(("act", "end"), ENDS.items())
+def test_a_notebook_gets_its_ctrl_c_back(act, end, materials, tmp_path, monkeypatch):
     monkeypatch.setenv("ACT", act)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    assert runs.run_here("grpo", runs.arguments(materials, "grpo", tmp_path / "run")) == (130 if act else 0)
+    argv = runs.arguments(materials, "grpo", tmp_path / "run")
+    if isinstance(end, int):
+        assert runs.run_here("grpo", argv) == end
+    else:
+        with pytest.raises(end):
+            runs.run_here("grpo", argv)
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
@@ -275,11 +283,15 @@ def test_what_a_user_keeps_beside_the_checkpoints_is_left_alone(stopped):
     assert all(copy.is_dir() for copy in kept) and [path.name for path in common.checkpoints_of(stopped)] == ["step-000005"]
 
 
-def test_second_signal_stops_at_once(materials, tmp_path):
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", -15)])
+def test_second_signal_and_one_before_training_stop_at_once(name, status, materials, tmp_path):
     argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=1000)
-    result = runs.launch("grpo", argv, act="SIGINT and SIGINT at call 3")
-    assert result.returncode == 130
+    result = runs.launch("grpo", argv, act=f"{name} and {name} at call 3")
+    assert result.returncode == status
     assert result.stdout.splitlines()[-1] == "stopping after this step, with a checkpoint; once more stops at once"
+    argv = runs.arguments(materials, "grpo", tmp_path / "other", steps=1000)
+    result = runs.launch("grpo", argv, act=f"{name} at call 1")  # the evaluation before the first step
+    assert result.returncode == status and "Traceback" not in result.stdout
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
