@@ -80,6 +80,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 class UserError(Exception):
     """Something that the user must mend; the scripts print it as one line and exit with status 2."""
 
+    met_by_all = False  # whether all processes raise it, at the same place
+
 
 def one_line(error: BaseException) -> str:
     """Type and message of a foreign error on one line of bounded length, to stand in the line of a UserError."""
@@ -412,10 +414,14 @@ class Run:
         return max(self.gather(number))
 
     def gather(self, value) -> list:
-        """Every process's value, in all of them."""
+        """Every process's value, in all of them. An error that one of them gives as its value is raised in all."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
+        for error in values:
+            if isinstance(error, UserError):
+                error.met_by_all = True
+                raise error
         return values
 
     def own_part(self, items):
@@ -3166,17 +3172,23 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
 
 @contextlib.contextmanager
 def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dict[str, Any]):
-    """If the block raises a UserError, the steps done so far are saved first. For any part of a step but its update.
-
-    With several processes nothing is saved, since the others do not know of the error and would have to save, too.
+    """If the block raises a UserError, in whichever process, the steps done so far are saved first. For any part of a step
+    but its update; with several processes the block's only collectives are `run.gather` and what asks it.
     """
     try:
-        yield
+        try:
+            yield
+            run.gather(None)  # raises what another process has met
+        except UserError as error:
+            if not error.met_by_all:
+                run.gather(error)
+            raise
     except UserError as error:
         run.close()
-        if run.world > 1 or state["step"] == 0:
+        if state["step"] == 0:
             raise
         save_checkpoint(run, models, optimizer, state)
+        run.gather(None)  # the first process to end with an error ends the others, so none may while one still writes
         raise UserError(f"{error}; the steps before are saved; {run.to_go_on()}") from error
 
 

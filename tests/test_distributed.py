@@ -72,13 +72,26 @@ def test_run_started_on_one_resumes_on_two(one_and_two, tmp_path):
     assert runs.largest_difference(one, tmp_path / "run") < 1e-6
 
 
-def test_error_of_one_process_ends_all_with_one_line(materials, tmp_path):
-    argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=50)
-    result = runs.launch("grpo", argv, processes=2, act="error at call 3")
+@pytest.mark.parametrize("one_and_two", ["grpo", "grpo dynamic"], indirect=True)
+def test_error_of_one_process_ends_all_with_one_line_and_costs_no_step(materials, one_and_two, tmp_path):
+    script, _, two = one_and_two
+    argv = runs.arguments(materials, script, tmp_path / "run", dynamic_sampling="dynamic" in two.name)
+    result = runs.launch(script, argv, processes=2, act="error at call 3")
     assert result.stdout.count("grpo.py: error: reward") == 1, result.stdout
-    assert "on the last process alone" in result.stdout
+    assert "on the last process alone" in result.stdout and "the steps before are saved; to go on: " in result.stdout
     assert result.stdout.count("exitcode  : 2 ") == 2, result.stdout  # torchrun's report of its two processes
     assert "stopping after this step" not in result.stdout
+    result = runs.launch(script, ["--resume", str(tmp_path / "run")], processes=2)
+    assert result.returncode == 0, result.stdout
+    assert runs.largest_difference(two, tmp_path / "run") < 1e-6
+
+
+@pytest.mark.parametrize(("call", "saved"), [(1, []), (2, []), (4, ["step-000002"])])
+def test_error_of_one_process_in_an_evaluation_or_the_first_step(call, saved, materials, tmp_path):
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", eval_every=2)
+    result = runs.launch("grpo", argv, processes=2, act=f"error at call {call}")
+    assert result.stdout.count("grpo.py: error: reward") == 1, result.stdout
+    assert [path.name for path in (tmp_path / "run").glob("checkpoints/*")] == saved
 
 
 def test_process_that_dies_ends_the_other(materials, tmp_path):
