@@ -1364,7 +1364,11 @@ class Sampler:
         prompt_lengths = torch.tensor([len(ids) for ids in prompts])
         B, P, greedy = len(prompts) * group_size, int(prompt_lengths.max()), uniforms is None
         group = torch.arange(len(prompts)).repeat_interleave(group_size)
-        self.allocate(B, P, uniforms)
+        # Four numbers of rows an octave, so that few shapes occur; the rows that nobody asked for have finished.
+        step = 2 ** max(B.bit_length() - 3, 0) if self.is_cuda else 1
+        rows = -(-B // step) * step
+        self.allocate(rows, P, uniforms)
+        self.finished[B:rows] = True
         is_low = self.compute_dtype != torch.float32
         was_training = self.model.training
         weight = self.model.get_output_embeddings().weight
@@ -1374,7 +1378,7 @@ class Sampler:
         self.draw = fused(draw) if is_compiled(self.model) else draw
         self.model.eval()  # in training gradient checkpointing reads the random state, which a graph cannot capture
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=is_low, cache_enabled=False):
-            self.prefill(prompts, prompt_lengths, to_device(group, self.device), P, greedy)
+            self.prefill(prompts, prompt_lengths, to_device(F.pad(group, (0, rows - B)), self.device), P, greedy)
             for t in inner_progress(range(1, self.C), "sampling"):
                 if not self.is_cuda or t % 16 == 1:  # reading `finished` waits for a GPU: not at every step
                     self.drop_finished()
@@ -1403,7 +1407,7 @@ class Sampler:
         self.ids.fill_(self.pad_id)
         self.cell[:B] = self.C * torch.arange(B, device=self.device)  # of each row's next token in the flattened tables
         if uniforms is not None:
-            self.uniforms[:B] = to_device(uniforms, self.device)
+            self.uniforms[: len(uniforms)] = to_device(uniforms, self.device)
 
     def prefill(self, prompts, prompt_lengths, group, P, greedy):
         """Fill the cache from the prompts and choose the first token of every sequence."""
@@ -1785,8 +1789,16 @@ def positions_of(config) -> int | None:
 
 @functools.cache
 def fused(function):
-    """The function compiled, the same one at every call: samplers come and go, programs stay."""
-    return torch.compile(function)
+    """The function compiled, the same one at every call: samplers come and go, programs stay. One serves all numbers of rows."""
+    compiled = torch.compile(function)
+
+    def call(*args):
+        for x in args:
+            if isinstance(x, Tensor):
+                torch._dynamo.maybe_mark_dynamic(x, 0)  # else the first number of rows gets a program of its own
+        return compiled(*args)
+
+    return call
 
 
 def is_compiled(model) -> bool:

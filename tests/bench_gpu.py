@@ -23,6 +23,7 @@ import gc
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -321,15 +322,17 @@ def check_distribution(results, sizes):
         )  # fmt: skip
 
 
-def tests(results, sizes, options):
-    """The GPU part of the test suite."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
-    command += ["-k", "not [cpu"] if sizes.device == "cuda" else ["-k", "halve_after"]
+def tests(results, sizes, options, compiled=False):
+    """The GPU part of the test suite; building programs takes about as long as all the rest of it, so that is a part of its own."""
+    chosen = ("compiled" if compiled else "not [cpu and not compiled") if sizes.device == "cuda" else "halve_after"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", chosen, "--durations=5"]
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=105)
-    print(done.stdout[-3000:])
-    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    results.add("check: tests/test_cuda.py", "ok" if done.returncode == 0 else "WRONG", more=f"{last}; {time.perf_counter() - started:.0f} s")
+    process, last = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), "no output"
+    for line in process.stdout:  # printed as they come, so that a part that is killed has said what failed
+        print(line, end="", flush=True)
+        last = line.strip() or last
+    what = f"check: tests/test_cuda.py{', compiled' * compiled}"
+    results.add(what, "ok" if process.wait() == 0 else "WRONG", more=f"{last}; {time.perf_counter() - started:.0f} s")
 
 
 # =============================================================================
@@ -518,10 +521,11 @@ def trl(results, sizes, options):
 
 # name: (function, limit in seconds), the most wanted first, since what the budget does not reach is left out
 PARTS = {
-    "machine": (machine, 60), "checks": (checks, 90), "tests": (tests, 120), "decode": (decode, 120),
+    "machine": (machine, 60), "checks": (checks, 90), "tests": (tests, 180), "decode": (decode, 120),
     "grpo-0.5B": (training("grpo", "0.5B"), 100), "grpo-1.5B": (training("grpo", "1.5B"), 120), "generate": (generate, 90),
-    "trl": (trl, 150), "decode-compiled": (functools.partial(decode, compiled=True), 90),
-    "grpo-1.5B-compiled": (training("grpo", "1.5B", flags=["--compile"]), 120),
+    "trl": (trl, 150), "decode-compiled": (functools.partial(decode, compiled=True), 120),
+    "grpo-1.5B-compiled": (training("grpo", "1.5B", flags=["--compile"]), 170),
+    "tests-compiled": (functools.partial(tests, compiled=True), 180),
     "ppo-0.5B": (training("ppo", "0.5B"), 100), "ppo-1.5B": (training("ppo", "1.5B"), 150),
     "grpo-0.5B-geometric": (training("grpo", "0.5B", "geometric"), 90),
 }  # fmt: skip
@@ -543,6 +547,19 @@ def run_part(name, results, options):
         PARTS[name][0](results, sizes, options)
 
 
+def status_of(command, limit):
+    """Exit status of a process; None if it took longer. What it has started ends with it, and frees the GPU for the next part."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def main(options):
     results = Results(options.json.with_suffix(".rows"))
     if options.child:
@@ -560,12 +577,12 @@ def main(options):
             run_part(name, results, options)
         else:
             command = [sys.executable, __file__, "--child", name, *sys.argv[1:]]
-            try:
-                status = subprocess.run(command, timeout=min(left, PARTS[name][1])).returncode
-                if status:
-                    results.add(name, "FAILED", more=f"exit status {status}", failed=True)
-            except subprocess.TimeoutExpired:
-                results.add(name, "stopped", more=f"after {min(left, PARTS[name][1]):.0f} s", failed=True)
+            limit = min(left, PARTS[name][1])
+            status = status_of(command, limit)
+            if status is None:
+                results.add(name, "stopped", more=f"after {limit:.0f} s", failed=True)
+            elif status:
+                results.add(name, "FAILED", more=f"exit status {status}", failed=True)
     rows = results.read()
     seconds = time.perf_counter() - started
     options.json.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "seconds": seconds, "rows": rows}, indent=1))

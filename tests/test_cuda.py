@@ -163,6 +163,17 @@ def test_a_graph_is_captured_once_for_each_shape(graphs_on_cpu):
     assert Recording.count == captured
 
 
+def test_few_graphs_serve_many_numbers_of_rows(graphs_on_cpu):
+    """As --dynamic-sampling and the last prompts of an evaluation have them: the rows that are added change nothing."""
+    model, prompts = helpers.make_model("llama"), helpers.random_ids(*[3] * 31)
+    sampler = common.Sampler(model, END, 1.0, 3)
+    for n in [31, *range(17, 31), 1]:
+        uniforms = uniforms_of(n, 3, seed=n)
+        want = in_plain_steps(common.Sampler(model, END, 1.0, 3)).sample(prompts[:n], 1, uniforms)
+        assert_same_rollouts(sampler.sample(prompts[:n], 1, uniforms), want)
+    assert {rows for rows, _, _ in sampler.graphs} == {20, 24, 28, 32, 1}
+
+
 def test_many_short_rows_and_few_long_ones_in_turn_keep_one_cache(graphs_on_cpu):
     sampler, caches = common.Sampler(helpers.make_model("llama"), END, 1.0, 3), []
     for prompts, copies in [(PROMPTS, 4), ([[5] * 140], 1)] * 2:

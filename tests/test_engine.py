@@ -9,6 +9,7 @@ import helpers
 import pytest
 import torch
 import transformers
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import common
 
@@ -532,6 +533,10 @@ def test_compiled_layers_sample_and_train_like_others(family, dtype):
     assert sampler.draw is not common.draw
     if isinstance(sampler.forward, common.PlainForward):
         assert sampler.forward.before_attention is not common.PlainForward.before_attention
+        # One program for all numbers of rows, and one more after attention, for the last layer.
+        functions = common.PlainForward.before_attention, common.PlainForward.after_attention, common.draw
+        programs = [len(_debug_get_cache_entry_list(function.__code__)) for function in functions]
+        assert programs == [1, 2, int(dtype == torch.bfloat16)]
     for (want, want_logprobs, want_gradients), (got, logprobs, gradients) in zip(plain, compiled, strict=True):
         assert torch.equal(got.completion_ids, want.completion_ids)
         torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, atol=1e-5, rtol=0)
