@@ -68,9 +68,6 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Large tensors on a CPU get huge pages, where Linux grants them: up to a tenth less time in sampling. Read at the first tensor.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 
 # =============================================================================
 # Run set-up: arguments, device, processes, signals
@@ -333,16 +330,17 @@ class Run:
 
     def __init__(self, args):
         self.args, self.started, self.folder, self.writer = args, time.time(), None, None
+        # Large tensors on a CPU get huge pages, where Linux grants them: up to a tenth less time in sampling. Read at the
+        # first tensor of the process.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         self.script = Path(inspect.getfile(type(args))).stem  # a copy runs, and resumes, under its own name
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = self.choose_device(args.device)
         self.compute_dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
         if not args.resume:
             check_new_folder(args.output_dir or Path("runs", f"{self.script}__"))  # the name of no run, which goes on
-        if args.num_minibatches > args.prompts_per_step:
-            raise UserError(f"--num-minibatches {args.num_minibatches} is more than --prompts-per-step {args.prompts_per_step}")
-        if self.world > 1 and args.prompts_per_step % (self.world * args.num_minibatches):
-            parts = f"{self.world} processes and --num-minibatches {args.num_minibatches}"
+        if args.prompts_per_step % (self.world * args.num_minibatches):
+            parts = f"{self.world} processes and " * (self.world > 1) + f"--num-minibatches {args.num_minibatches}"
             raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {parts}")
         if args.model == "tiny" and self.device.type == "cpu":
             torch.set_num_threads(1)  # its matrices are too small to share between cores
@@ -400,7 +398,7 @@ class Run:
         neighbours one goes to each part.
         """
         n, parts = self.args.prompts_per_step, self.args.num_minibatches
-        part_of = self.own_part(self.uniforms(number, 1, -(-n // parts), parts).argsort(dim=1).flatten()[:n])
+        part_of = self.own_part(self.uniforms(number, 1, n // parts, parts).argsort(dim=1).flatten())
         return [(part_of == part).nonzero()[:, 0] for part in range(parts)]
 
     def sum(self, *numbers):
@@ -617,7 +615,8 @@ class Run:
         rows = []
         for i in (i * len(prompts) // n for i in range(n)):
             cells = [prompts[i].prompt, completions[i], f"{scores[i].item():.3g}", *(column[i] for column in extra.values())]
-            rows.append([str(cell).replace("\n", " ") for cell in cells])
+            # Without line breaks, tabs and the commands that terminals obey, all of which a model may write.
+            rows.append(["".join(c if c.isprintable() else " " for c in str(cell)) for cell in cells])
         table = [[cell.replace("|", "\\|")[:500] for cell in row] for row in (head, ["---"] * len(head), *rows)]
         text = "\n".join(f"| {' | '.join(row)} |" for row in table)
         self.writer.add_text("completions/samples", utf8(text), step)
@@ -2741,8 +2740,8 @@ def score(
     weights = {reward.name: reward.weight for reward in rewards}
     weighted = torch.stack([weights[name] * values for name, values in by_function.items()])  # (functions, B)
     total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), math.nan)
-    if total.isinf().any():
-        raise UserError("a sum of the scores, each times its weight, is infinite; look at --reward-weights")
+    if (total.abs() > 1e15).any():  # whose square float32 could not hold
+        raise UserError("a sum of the scores, each times its weight, is beyond 1e15; look at --reward-weights")
     has_lists = any(isinstance(value, list) for values in returned.values() for value in values)
     return Scores(total, by_function, dense_scores(weights, returned, completion_ids), has_lists, metrics, extra)
 

@@ -207,10 +207,11 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: floa
 def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k3") -> Tensor:
     """Estimate of KL(pi || other) at tokens sampled from pi, (B, C): k1 = log pi - log other, k2 = k1^2 / 2,
     k3 = exp(-k1) + k1 - 1. k1 and k3 are unbiased; k3 is never negative and varies less while the policies are near."""
-    k1 = (logprobs - other_logprobs).clamp(-20, 20)
-    if estimator == "k1":
-        return k1
-    return k1.square() / 2 if estimator == "k2" else torch.expm1(-k1) + k1  # eq. 4 of arXiv:2402.03300
+    k1 = logprobs - other_logprobs
+    if estimator == "k3":  # eq. 4 of arXiv:2402.03300
+        k1 = k1.clamp(-20, 20)
+        return torch.expm1(-k1) + k1
+    return k1.square() / 2 if estimator == "k2" else k1
 
 
 def token_weights(loss: str, mask: Tensor, sequences: float, tokens: float, max_new_tokens: int) -> Tensor:

@@ -125,7 +125,7 @@ def check_flags(args: Args):
 
 def on_last_token(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores (B,) on the last valid token of each completion, 0 elsewhere: (B, C)."""
-    is_last = mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
+    is_last = mask.bool() & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
     return torch.where(is_last, scores[:, None], 0.0)
 
 
@@ -134,7 +134,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}.
     """
-    advantages, next_advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
+    advantages, next_advantage, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
@@ -175,10 +175,11 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: 
 def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k1") -> Tensor:
     """Estimate of KL(pi || other) at tokens sampled from pi, (B, C): k1 = log pi - log other, k2 = k1^2 / 2,
     k3 = exp(-k1) + k1 - 1. k1 and k3 are unbiased; k3 is never negative and varies less while the policies are near."""
-    k1 = (logprobs - other_logprobs).clamp(-20, 20)
-    if estimator == "k1":
-        return k1
-    return k1.square() / 2 if estimator == "k2" else torch.expm1(-k1) + k1  # eq. 4 of arXiv:2402.03300
+    k1 = logprobs - other_logprobs
+    if estimator == "k3":  # eq. 4 of arXiv:2402.03300
+        k1 = k1.clamp(-20, 20)
+        return torch.expm1(-k1) + k1
+    return k1.square() / 2 if estimator == "k2" else k1
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizon: float) -> float:
@@ -325,7 +326,9 @@ def main(args: Args) -> int:
         # ---- Log, evaluate, save: `means` average over the step, `metrics` are its single numbers ----
         if critic is not None:
             residual = common.mean_and_variance(run, rollout.returns - rollout.values, mask)[1]
-            means.add("losses/explained_variance", 1 - residual / common.mean_and_variance(run, rollout.returns, mask)[1])
+            mean, variance = common.mean_and_variance(run, rollout.returns, mask)
+            variance = torch.where(variance > (1e-6 * mean).square(), variance, math.nan)  # of equal returns, but for rounding
+            means.add("losses/explained_variance", 1 - residual / variance)
         if reference is not None:
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
             k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")

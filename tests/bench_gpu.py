@@ -5,7 +5,8 @@
     python tests/bench_gpu.py --dry-run                      # everything at toy sizes on a CPU, to test this script
 
 Parts, in order: `machine` measures the rate of a large bfloat16 matrix product and the bandwidth of a large copy (bytes
-read and written). `checks` compares a small model on the GPU with float64 on the CPU. `tests` runs tests/test_cuda.py.
+read and written). `checks` compares a small model on the GPU with float64 on the CPU, while `tests` and `tests-compiled`
+run tests/test_cuda.py.
 `decode` counts tokens a second for the shapes of Qwen2.5 with random weights, against the floor of memory traffic
 (weights and used cache read once a step at the copy's bandwidth). `generate` is transformers' own. `grpo-…`, `ppo-…` are
 whole steps of the scripts: prompts of 256 tokens, 32 x 8 completions of 512 (or fewer, with end tokens). `…-compiled` is
@@ -21,6 +22,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -389,32 +391,29 @@ def decode_once(results, sizes, model, shape, rows, context, what, compiled):
 
 
 def generate(results, sizes, options):
-    """transformers' `generate` in bfloat16: with its growing cache, and once with a static one, which it compiles."""
+    """transformers' `generate` in bfloat16, without cuDNN's attention, which would plan anew for each length."""
     rows = sizes.rows[len(sizes.rows) // 2]
-    cases = [(name, context, None) for name in sizes.shapes for context in sizes.contexts]
-    cases += [(next(iter(sizes.shapes)), sizes.contexts[0], "static")] if sizes.device == "cuda" else []
-    for name, context, cache in cases:
+    for name, context in ((name, context) for name in sizes.shapes for context in sizes.contexts):
         label = f"generate {name}, {rows} rows, context {context}"
         with guarded(results, label):
-            step = generate_once(sizes, sizes.shapes[name], rows, context, cache)
+            step = generate_once(sizes, sizes.shapes[name], rows, context)
             ours = results.number("tokens_per_second", label.replace("generate", "decode"))
             share = f"this project {ours * step / rows:.1f}x" if ours else ""
-            more = f"{step * 1e3:.1f} ms a step, {cache or 'dynamic'} cache"
-            results.add(label, f"{rows / step:,.0f} tokens/s", share=share, more=more, tokens_per_second=rows / step)
+            results.add(label, f"{rows / step:,.0f} tokens/s", share=share, more=f"{step * 1e3:.1f} ms a step", tokens_per_second=rows / step)
 
 
-def generate_once(sizes, shape, rows, context, cache):
+def generate_once(sizes, shape, rows, context):
     """Seconds of a decoding step: a long call less a short one."""
     model = build_model(shape, sizes.device, "sdpa", torch.bfloat16 if sizes.device == "cuda" else torch.float32)
     model.generation_config.eos_token_id = None
     short, long = 2, 34 if sizes.device == "cuda" else 6
     ids = torch.randint(1, shape.vocabulary, (rows, context - long // 2), device=sizes.device)
 
-    def seconds(new, **options):
-        options |= {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": END}
+    def seconds(new):
+        options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": END}
         return seconds_of(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options), sizes.device, 2)
 
-    return max(seconds(long, **({"cache_implementation": cache} if cache else {})) - seconds(short), 1e-9) / (long - short)
+    return max(seconds(long) - seconds(short), 1e-9) / (long - short)
 
 
 # =============================================================================
@@ -521,14 +520,13 @@ def trl(results, sizes, options):
 
 # name: (function, limit in seconds), the most wanted first, since what the budget does not reach is left out
 PARTS = {
-    "machine": (machine, 60), "checks": (checks, 90), "tests": (tests, 180), "decode": (decode, 120),
-    "grpo-0.5B": (training("grpo", "0.5B"), 100), "grpo-1.5B": (training("grpo", "1.5B"), 120), "generate": (generate, 90),
-    "trl": (trl, 150), "decode-compiled": (functools.partial(decode, compiled=True), 120),
+    "machine": (machine, 60), "checks": (checks, 90), "tests": (tests, 180), "tests-compiled": (functools.partial(tests, compiled=True), 180),
+    "decode": (decode, 120), "grpo-0.5B": (training("grpo", "0.5B"), 100), "grpo-1.5B": (training("grpo", "1.5B"), 120),
+    "generate": (generate, 90), "ppo-1.5B": (training("ppo", "1.5B"), 150), "trl": (trl, 150), "ppo-0.5B": (training("ppo", "0.5B"), 100),
     "grpo-1.5B-compiled": (training("grpo", "1.5B", flags=["--compile"]), 170),
-    "tests-compiled": (functools.partial(tests, compiled=True), 180),
-    "ppo-0.5B": (training("ppo", "0.5B"), 100), "ppo-1.5B": (training("ppo", "1.5B"), 150),
-    "grpo-0.5B-geometric": (training("grpo", "0.5B", "geometric"), 90),
+    "decode-compiled": (functools.partial(decode, compiled=True), 120), "grpo-0.5B-geometric": (training("grpo", "0.5B", "geometric"), 90),
 }  # fmt: skip
+SIDE_BY_SIDE = {"checks", "tests", "tests-compiled"}  # which time nothing
 
 
 def table(rows):
@@ -547,14 +545,18 @@ def run_part(name, results, options):
         PARTS[name][0](results, sizes, options)
 
 
-def status_of(command, limit):
-    """Exit status of a process; None if it took longer. What it has started ends with it, and frees the GPU for the next part."""
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
+def run_in_processes(names, seconds, results):
+    """The parts `names` at the same time. What a part has started ends with it, and frees the GPU for the next ones."""
+    commands = {name: [sys.executable, __file__, "--child", name, *sys.argv[1:]] for name in names}
+    processes = {name: subprocess.Popen(command, start_new_session=True) for name, command in commands.items()}
+    started = time.perf_counter()
+    for name, process in processes.items():
+        limit = min(seconds, PARTS[name][1])
+        try:
+            if status := process.wait(max(limit - (time.perf_counter() - started), 0)):
+                results.add(name, "FAILED", more=f"exit status {status}", failed=True)
+        except subprocess.TimeoutExpired:
+            results.add(name, "stopped", more=f"after {limit:.0f} s", failed=True)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -568,21 +570,17 @@ def main(options):
         sys.exit("bench_gpu.py: no CUDA GPU here (--dry-run runs at toy sizes on a CPU)")
     results.path.unlink(missing_ok=True)
     started = time.perf_counter()
-    for name in options.only:
-        left = options.budget_seconds - (time.perf_counter() - started)
-        print(f"{name} ({left:.0f} s left)", flush=True)
+    for _, together in itertools.groupby(options.only, key=lambda name: "checks" if name in SIDE_BY_SIDE else name):
+        names, left = list(together), options.budget_seconds - (time.perf_counter() - started)
+        print(f"{', '.join(names)} ({left:.0f} s left)", flush=True)
         if left < 20:
-            results.add(name, "not run", more="no time left of --budget-seconds")
+            for name in names:
+                results.add(name, "not run", more="no time left of --budget-seconds")
         elif options.dry_run and not options.processes:
-            run_part(name, results, options)
+            for name in names:
+                run_part(name, results, options)
         else:
-            command = [sys.executable, __file__, "--child", name, *sys.argv[1:]]
-            limit = min(left, PARTS[name][1])
-            status = status_of(command, limit)
-            if status is None:
-                results.add(name, "stopped", more=f"after {limit:.0f} s", failed=True)
-            elif status:
-                results.add(name, "FAILED", more=f"exit status {status}", failed=True)
+            run_in_processes(names, left, results)
     rows = results.read()
     seconds = time.perf_counter() - started
     options.json.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "seconds": seconds, "rows": rows}, indent=1))

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -451,21 +452,49 @@ def test_a_score_of_0_beside_lists_trains_and_lists_of_0_and_1_are_warned_of(scr
         assert ("give a wrong step -1" in capsys.readouterr().out) != learns
 
 
+def test_table_of_samples_holds_no_control_characters(script, tiny_folder, tmp_path, capsys):
+    """Line breaks, tabs, marks that turn the direction, and what clears a terminal: a cell stays on its line."""
+    rows = [{"prompt": f"{i}+1=\r\n\t\x1b[2J\u2028\u202e\x07|é漢", "answer": "1"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert script("--model", tiny_folder, *SHORT, "--dataset", "rows.jsonl", "--max-prompt-tokens", "99", "--output-dir", "run") == 0
+    shown = capsys.readouterr().out.splitlines()
+    table = shown[shown.index("   score                         prompt completion") :]
+    assert len(table) == 1 + 4 + 1 and table[-1].startswith("done ")
+    assert all(line.isprintable() and "+1=" in line and "|é漢" in line for line in table[1:-1]), table
+
+
+def test_explained_variance_of_equal_returns_is_no_number(script, tiny_folder, tmp_path):
+    """Whatever the critic says: dividing by what rounding leaves of their variance gave -4e8."""
+    (tmp_path / "rewards.py").write_text(
+        "def equal(completions, **_):\n    return [0.3 for _ in completions]\n"
+        "def other(completion_ids, **_):\n    return [float(len(i)) for i in completion_ids]\n"
+    )
+    flags = [flag.replace("--group-size", "--samples-per-prompt") for flag in SHORT]
+    for name, is_known in (("equal", False), ("other", True)):
+        learn = ["--critic-learning-rate", "0.01", "--num-minibatches", "1", "--kl-coef", "0"]
+        assert script("--model", tiny_folder, *flags, *learn, "--reward", f"rewards.py:{name}", "--output-dir", name, module=ppo) == 0
+        explained = helpers.scalars(tmp_path / name)["losses/explained_variance"]
+        assert [math.isfinite(value) for value in explained] == [is_known] * 2, explained
+
+
 # ---------------------------------------------------------------- arguments
 
 
 def test_importing_does_nothing_but_define(tmp_path):
     """No network, no CUDA, no argument parsing, no output, no file, no change of the process."""
     program = f"""
-import signal, socket, sys
+import os, signal, socket, sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv = ["x", "--no-such-flag"]
+os.environ.clear()  # of what these tests have set themselves
 import torch, transformers
 def refuse(*_, **__): raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
-before = (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.initial_seed())
-import common, grpo
-assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.initial_seed())
+from transformers import modeling_layers  # sets a variable of its own
+def process(): return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_num_threads(), torch.initial_seed(), dict(os.environ)
+before = process()
+import common, grpo, ppo
+assert before == process()
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 """
     process = python("-c", program, cwd=tmp_path)
@@ -473,16 +502,17 @@ assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_flag_is_read_somewhere():
+@pytest.mark.parametrize("module", [grpo, ppo], ids=["grpo", "ppo"])
+def test_every_flag_is_read_somewhere(module):
     """`args.<field>`, also as run.args.<field>; setting it does not count."""
     read = set()
-    for file in ("grpo.py", "common.py"):
+    for file in (f"{module.__name__}.py", "common.py"):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = node.value
                 if (owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")) == "args":
                     read.add(node.attr)
-    assert {field.name for field in dataclasses.fields(grpo.Args)} <= read
+    assert not {field.name for field in dataclasses.fields(module.Args)} - read
 
 
 def test_flags_take_dashes_and_underscores_and_lists_repeat():
@@ -566,6 +596,7 @@ BAD_INPUT = {
     "--device warp": "--device warp",
     "--num-minibatches 33": "--num-minibatches 33",
     "--prompts-per-step 4 --num-minibatches 5": "--num-minibatches 5",
+    "--num-minibatches 3": "--prompts-per-step 32 cannot be split evenly between --num-minibatches 3",
     "--reward nosuch": "no reward 'nosuch'",
     "--reward nosuch.py:f": "nosuch.py",
     "--reward rewards.py:nosuch": "nosuch",
@@ -722,7 +753,8 @@ def test_bad_input_in_a_process_of_its_own(with_files):
     assert BAD_INPUT[command] in process.stderr
 
 
-def test_help_names_every_flag(script, capsys):
-    assert script("--help") == 0
+@pytest.mark.parametrize("module", [grpo, ppo], ids=["grpo", "ppo"])
+def test_help_names_every_flag(script, capsys, module):
+    assert script("--help", module=module) == 0
     text = capsys.readouterr().out
-    assert all("--" + field.name.replace("_", "-") in text for field in dataclasses.fields(grpo.Args))
+    assert all("--" + field.name.replace("_", "-") in text for field in dataclasses.fields(module.Args))

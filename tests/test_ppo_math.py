@@ -49,8 +49,14 @@ def test_gae_with_lambda_1_plus_values_is_the_return_whatever_the_critic():
     assert torch.allclose(returns, again)
 
 
-def test_score_sits_on_the_last_valid_token():
-    mask = torch.tensor(MASKS["ragged"], dtype=torch.bool)
+def test_gae_of_whole_numbers_is_not_rounded_to_whole_numbers():
+    got = ppo.gae(torch.tensor([[0, 0, 1]]), torch.tensor([[0.25, 0.5, 0.5]]), torch.ones(1, 3, dtype=torch.bool), 1.0, 1.0)
+    assert got.tolist() == [[0.75, 0.5, 0.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_score_sits_on_the_last_valid_token(dtype):
+    mask = torch.tensor(MASKS["ragged"], dtype=dtype)
     got = ppo.on_last_token(torch.tensor([1.0, -2.0, 3.0, math.nan]), mask)
     assert got.tolist() == [[0, 0, 0, 1], [0, -2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0]]
 

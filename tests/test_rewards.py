@@ -721,9 +721,10 @@ def test_what_a_reward_file_changes_for_the_process_is_put_back(tmp_path):
     assert os.getcwd() == before and torch.is_grad_enabled()
 
 
-def test_a_sum_of_scores_that_overflows_is_an_error():
+@pytest.mark.parametrize(("value", "weight"), [(3e38, 10.0), (-1e30, 1.0)])
+def test_a_sum_of_scores_whose_square_overflows_is_an_error(value, weight):
     with pytest.raises(common.UserError, match="--reward-weights"):
-        run([common.Reward("f", lambda completions: [3e38, 0.0], 10.0)], ["a", "b"])
+        run([common.Reward("f", lambda completions: [value, 0.0], weight)], ["a", "b"])
 
 
 def test_time_limit_comes_again_where_clean_up_does_not_end():
