@@ -108,6 +108,12 @@ def flag(default=None, help="", *, tiny=None, real=None, at_least=None, above=No
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def metadata_of(field) -> dict[str, Any]:
+    """What `flag` keeps of a field of `Args`; of a plain one, as in `name: float = 0.1`, that there are no bounds."""
+    argument = {"action": "extend"} if callable(field.default_factory) else {}
+    return {"argument": argument, "bounds": (None, None, None), "by_model": (None, None)} | field.metadata
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         return action.help if "(default: " in (action.help or "") else super()._get_help_string(action)
@@ -132,7 +138,7 @@ def parse_args(Args, argv=None):
     """
     plain, hints = [], typing.get_type_hints(Args)
     for f in dataclasses.fields(Args):  # HfArgumentParser would hand the bounds to argparse, so it gets a plain copy
-        argument = f.metadata["argument"] | ({"nargs": "?", "const": True} if hints[f.name] == bool | None else {})
+        argument = metadata_of(f)["argument"] | ({"nargs": "?", "const": True} if hints[f.name] == bool | None else {})
         field = dataclasses.field(default=f.default, default_factory=f.default_factory, metadata=argument)
         plain.append((f.name, hints[f.name], field))
     parser = OneLineParser(
@@ -172,6 +178,16 @@ def parse_args(Args, argv=None):
     return Args(**{**saved, **given})
 
 
+def check_resumed(args):
+    """What Python made with `resume=...` has to be the run's own arguments, as those of a command line are by themselves."""
+    saved = parse_args(type(args), ["--resume", args.resume])
+    for f in dataclasses.fields(args):
+        mine, its = getattr(args, f.name), getattr(saved, f.name)
+        if f.name not in RESUME_MAY_CHANGE and mine != its:
+            how = f'common.parse_args(Args, ["--resume", {args.resume!r}]) makes those of the run'
+            raise UserError(f"resume={args.resume!r}: {f.name} is {mine!r}, but the run was started with {its!r}; {how}")
+
+
 def as_flags(values: dict[str, Any]) -> list[str]:
     """The command line that gives these arguments."""
     items = [(name, item) for name, value in values.items() for item in (value if isinstance(value, list) else [value])]
@@ -181,14 +197,15 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 def check_args(args):
     """When an `Args` is made: fills in the defaults that depend on the model, checks numbers and choices; UserError names the flag."""
     for f in dataclasses.fields(args):
-        (at_least, above, at_most), by_model = f.metadata["bounds"], f.metadata["by_model"]
+        metadata = metadata_of(f)
+        (at_least, above, at_most), by_model = metadata["bounds"], metadata["by_model"]
         if getattr(args, f.name) is None and by_model != (None, None):
             setattr(args, f.name, by_model[args.model != "tiny"])
         given, name = getattr(args, f.name), "--" + f.name.replace("_", "-")
         for value in given if isinstance(given, list) else [given]:
             if value == "" and f.name != "system_prompt":
                 raise UserError(f"{name} is empty")
-            choices = f.metadata["argument"].get("choices")
+            choices = metadata["argument"].get("choices")
             if choices and value is not None and value not in choices:  # the parser has refused it, but Python may have made it
                 raise UserError(f"{name} must be one of {', '.join(choices)}, not {value}")
             if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -337,7 +354,9 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = self.choose_device(args.device)
         self.compute_dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
-        if not args.resume:
+        if args.resume:
+            check_resumed(args)
+        else:
             check_new_folder(args.output_dir or Path("runs", f"{self.script}__"))  # the name of no run, which goes on
         if args.prompts_per_step % (self.world * args.num_minibatches):
             parts = f"{self.world} processes and " * (self.world > 1) + f"--num-minibatches {args.num_minibatches}"
@@ -358,7 +377,7 @@ class Run:
 
     def say_defaults(self):
         """Which defaults the model decided, since a reader of the tiny run's figures may expect those."""
-        by_model = {f.name: f.metadata["by_model"] for f in dataclasses.fields(self.args)}
+        by_model = {f.name: metadata_of(f)["by_model"] for f in dataclasses.fields(self.args)}
         same = [name for name, (tiny, real) in by_model.items() if tiny != real and getattr(self.args, name) == real]
         chosen = ", ".join(f"--{name.replace('_', '-')} {getattr(self.args, name)}" for name in same)
         self.say(textwrap.fill(f"defaults of models other than the tiny one: {chosen}", 79, break_on_hyphens=False))
@@ -387,7 +406,10 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     def uniforms(self, step: int, purpose: int, *shape) -> Tensor:
-        """Random numbers in [0, 1) that depend on seed, step and purpose alone: a resumed run draws the same ones."""
+        """Random numbers in [0, 1) that depend on seed, step and purpose alone: a resumed run draws the same ones.
+
+        Purposes are 0 to 15, of which 6 and 15 are free in grpo.py, and 6 to 15 in ppo.py.
+        """
         generator = torch.Generator().manual_seed((self.args.seed * 1_000_003 + step) * 16 + purpose)
         return torch.rand(*shape, generator=generator)
 
@@ -423,7 +445,7 @@ class Run:
         return values
 
     def own_part(self, items):
-        """This process's part of a list or tensor that all processes have."""
+        """This process's part of a list or tensor, which has to be the same in all of them."""
         size = len(items) // self.world
         return items[self.rank * size : (self.rank + 1) * size]
 
@@ -649,7 +671,7 @@ class Rollout:
 
     prompt_ids: Tensor  # (B, P) left-padded
     prompt_lengths: Tensor  # (B,)
-    prompt_index: Tensor  # (B,) sequences with the same number continue the same prompt
+    prompt_index: Tensor  # (B,) sequences with the same number continue the same prompt, which is read from one of them
     completion_ids: Tensor  # (B, C)
     completion_mask: Tensor  # (B, C) True up to and including the first end token
     lengths: Tensor  # (B,) valid tokens of each completion
@@ -669,14 +691,14 @@ class Rollout:
     def select(self, rows: Tensor) -> "Rollout":
         """The sequences `rows` (CPU indices), with columns trimmed to the longest completion among them.
 
-        What a script adds, as in `rollout.weights = ...`, goes along: tensors (B, ...) and lists of B things.
+        What a script adds, as in `rollout.weights = ...`, goes along: tensors (B, ...), lists of B things, single numbers.
         """
         C, columns = self.completion_ids.shape[1], max(int(self.lengths[rows].max()), 1)
         device_rows, picked = to_device(rows, self.completion_ids.device), copy.copy(self)
         for name, x in vars(self).items():
             if isinstance(x, list):
                 setattr(picked, name, [x[i] for i in rows.tolist()])
-            elif x is not None:
+            elif isinstance(x, Tensor):
                 x = x[rows] if x.device == rows.device else x[device_rows]
                 is_by_token = x.dim() > 1 and x.shape[1] == C and name != "prompt_ids"
                 setattr(picked, name, x[:, :columns] if is_by_token else x)
@@ -697,8 +719,8 @@ class Rollout:
                 setattr(self, field.name, mine.index_copy(0, rows.to(mine.device), new))
 
     def leave_out(self, rows: Tensor):
-        """Empty the masks of `rows` (CPU, boolean): they count in no loss and no mean."""
-        self.lengths = self.lengths.masked_fill(rows, 0)
+        """Empty the masks of `rows` (B,), boolean: they count in no loss and no mean."""
+        self.lengths = self.lengths.masked_fill(rows.cpu(), 0)
         self.completion_mask = self.completion_mask & ~to_device(rows, self.completion_mask.device)[:, None]
 
     def slots(self) -> Tensor:
@@ -1455,7 +1477,7 @@ class Sampler:
 
     def replay(self, greedy):
         """One step as a CUDA graph, captured the first time that its shape is seen."""
-        key = (self.cache.live, self.cache.used, greedy)
+        key = (self.cache.live, self.cache.used, greedy, self.temperature)
         if key not in self.graphs:
             # What a step changes, besides the cache cells of its own column, which it writes again.
             ours = [self.tokens, self.finished, self.cell, self.ids, self.logprobs, self.entropy]
@@ -1931,9 +1953,9 @@ def warm_start(model, tokenizer, run, target=0.22, batch_size=64, max_steps=1000
                 break
         chosen = run.uniforms(step, 2, len(rows)).argsort()[:batch_size].tolist()
         batch = rollout_of([prompts[i] for i in chosen], [answers[i] for i in chosen], run.device)
-        optimizer.zero_grad()
         (-completion_logprobs(model, batch, temperature=1.0).sum() / batch.lengths.sum()).backward()
         optimizer.step()
+        optimizer.zero_grad()
     run.say(
         f"warm start: {step} supervised steps in {time.time() - started:.1f} s, accuracy on training prompts {accuracy:.2f}"
     )
@@ -2977,13 +2999,17 @@ def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
 
 
 def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer, means: "Means | None" = None):
-    """Gradients of the sum of `loss_of(micro_batch)` over all micro-batches of `rollout`; `means`: what it adds to."""
+    """Add the gradients of the sum of `loss_of(micro_batch)` over all micro-batches of `rollout` to those that are there;
+    `clip_and_step` uses them up. `means`: what `loss_of` adds to."""
     means = means or Means()
-    before = means.sums.copy()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+    before, gradients = means.sums.copy(), [weight.grad.clone() for weight in weights]  # of another loss of the same step
 
-    def attempt():
+    def attempt():  # a second one, with smaller micro-batches, counts nothing twice
+        means.sums = before.copy()
         optimizer.zero_grad(set_to_none=True)
-        means.sums = before.copy()  # a second try, with smaller micro-batches, counts nothing twice
+        for weight, gradient in zip(weights, gradients):
+            weight.grad = gradient.clone()
         for _, batch in each_micro_batch(run, rollout):
             with run.autocast():
                 loss = loss_of(batch)
@@ -3023,13 +3049,13 @@ def clip_and_step(run, models: list[nn.Module], optimizer) -> Tensor:
     norms = [whole(torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm)) for model in models]
     if all(norm.isfinite() for norm in norms):
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # sampling can use the memory
         run.skipped_in_a_row = 0
     else:
         run.skipped_updates, run.skipped_in_a_row = run.skipped_updates + 1, run.skipped_in_a_row + 1
         run.warn("the gradient is not finite: this update is skipped")
         if run.skipped_in_a_row == 5:
             raise UserError("5 gradients in a row were not finite: try a lower --learning-rate, or --dtype float32")
+    optimizer.zero_grad(set_to_none=True)  # sampling can use the memory
     return norms[0]
 
 
@@ -3040,6 +3066,11 @@ def logprobs_without_gradient(run, model, rollout: Rollout) -> Tensor:
 
 def old_logprobs(run, sampler, policy, rollout: Rollout) -> Tensor:
     """Log-probs under the policy that sampled: the sampler's own, or a pass of the trainer's where they are less precise."""
+    if sampler.temperature != run.args.temperature:
+        raise UserError(
+            f"sampled at temperature {sampler.temperature:g} and scored at {run.args.temperature:g}: "
+            "set sampler.temperature and args.temperature together"
+        )
     return rollout.sampler_logprobs if sampler.is_exact else logprobs_without_gradient(run, policy, rollout)
 
 

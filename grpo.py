@@ -309,7 +309,7 @@ def main(args: Args) -> int:
         if args.overlong_buffer:
             penalty = overlong_penalty(rollout.lengths, args.max_new_tokens, args.overlong_buffer)
             rollout.scores = rollout.scores + penalty.to(run.device)
-        rollout.leave_out(scores.total.isnan())  # no reward function applies to these: they count nowhere
+        rollout.leave_out(rollout.scores.isnan())  # no reward function applies to these: they count nowhere
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
         run.phase("reference")
@@ -327,7 +327,8 @@ def main(args: Args) -> int:
             warn_of_process_supervision(run, rollout, scores)
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
-        # One update a rollout: the policy is still the one that sampled, pi_old = pi. (False if you replay rollouts.)
+        # With one update a rollout the policy is still the one that sampled: pi_old = pi, all ratios are 1. Set this to
+        # False if minibatches hold anything else, as with replay.
         on_policy = args.update_epochs * args.num_minibatches == 1
         if not on_policy:
             rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
@@ -338,7 +339,7 @@ def main(args: Args) -> int:
             for groups in run.minibatches(step * args.update_epochs + epoch):  # prompts, by index
                 # Whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
-                # Counted before the minibatch is split, so that splitting it changes no gradient.
+                # Of the whole minibatch: `loss_of` returns a micro-batch's share of the loss, and how it is split changes nothing.
                 sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
 
                 def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; what it returns is summed

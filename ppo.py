@@ -259,7 +259,7 @@ def main(args: Args) -> int:
         with common.checkpoint_on_error(run, models, optimizer, state):  # a reward function may fail
             scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
         rollout.scores = scores.total.to(run.device)  # (B,)
-        rollout.leave_out(scores.total.isnan())  # no reward function applies to these: they count nowhere
+        rollout.leave_out(rollout.scores.isnan())  # no reward function applies to these: they count nowhere
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
         run.phase("reference")
@@ -296,7 +296,7 @@ def main(args: Args) -> int:
             for groups in run.minibatches(step * args.update_epochs + epoch):  # prompts, by index
                 # Whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
-                # Counted before the minibatch is split, so that splitting it changes no gradient.
+                # Of the whole minibatch: `loss_of` returns a micro-batch's share of the loss, and how it is split changes nothing.
                 tokens = run.sum(minibatch.lengths.sum())[0]
 
                 def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; what it returns is summed

@@ -218,8 +218,11 @@ def test_gradient_is_that_of_plain_autograd_whatever_the_micro_batches(family, s
 
     for budget in (1, 12, 20, 1000):
         run = helpers.make_run(micro_batch_tokens=budget)
-        common.accumulate_gradients(run, loss_of, rollout, optimizer)  # also forgets the gradients before it
+        optimizer.zero_grad()
+        common.accumulate_gradients(run, loss_of, rollout, optimizer)
         helpers.assert_same_gradients(helpers.gradients(model), want)
+    common.accumulate_gradients(run, loss_of, rollout, optimizer)  # another loss of the same step adds its own
+    helpers.assert_same_gradients(helpers.gradients(model), {name: 2 * gradient for name, gradient in want.items()})
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

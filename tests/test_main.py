@@ -386,6 +386,22 @@ def test_options_of_the_family_run_to_the_end(script, tiny_folder, tmp_path, fla
     assert "done steps=2" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("module", [grpo, ppo])
+def test_what_a_changed_script_scores_nan_counts_nowhere(module, tiny_folder, tmp_path):
+    """A README's line: here completions of less than 4 tokens are rejected after they were scored."""
+    source, line = Path(module.__file__).read_text(), "        rollout.scores = scores.total.to(run.device)  # (B,)\n"
+    assert source.count(line) == 1
+    more = "        rollout.scores = rollout.scores.masked_fill((rollout.lengths < 4).to(run.device), math.nan)\n"
+    (tmp_path / "changed.py").write_text(source.replace(line, line + more))
+    changed = common.import_file(str(tmp_path / "changed.py"))
+    flags = dict(model=str(tiny_folder), dataset="addition", device="cpu", steps=1, prompts_per_step=32, max_new_tokens=4)
+    flags |= dict(temperature=3.0, eval_prompts=1, num_minibatches=1, update_epochs=1)
+    for name, mine in (("before", module), ("after", changed)):
+        assert mine.main(mine.Args(**flags, output_dir=str(tmp_path / name))) == 0
+    lengths = [helpers.scalars(tmp_path / name)["completions/mean_length"][0] for name in ("before", "after")]
+    assert lengths[0] < 4 and lengths[1] == 4
+
+
 def test_dense_rewards_reach_the_update(script, tiny_folder, tmp_path):
     """A list of rewards, one a token, trains; all equal ones change nothing at all."""
     (tmp_path / "rewards.py").write_text(
@@ -520,6 +536,22 @@ def test_flags_take_dashes_and_underscores_and_lists_repeat():
     assert (args.group_size, args.prompts_per_step, args.reward) == (4, 6, ["exact", "format"])
     args = common.parse_args(grpo.Args, ["--no-scale-rewards", "--clip-high", "inf", "--reward-weights", "1", "0.5"])
     assert args.scale_rewards is False and args.clip_high == float("inf") and args.reward_weights == [1.0, 0.5]
+
+
+@dataclasses.dataclass
+class MoreArgs(grpo.Args):
+    entropy_coef: float = 0.02
+    is_new: bool = False
+    layers: list[int] = dataclasses.field(default_factory=list)
+
+
+def test_a_copied_script_may_have_plain_fields():
+    """Without `flag` there is no help and no bound, but a flag all the same."""
+    assert (MoreArgs().entropy_coef, MoreArgs().layers) == (0.02, [])
+    argv = ["--entropy-coef", "0.1", "--is-new", "--layers", "1", "--layers", "2"]
+    args = common.parse_args(MoreArgs, argv)
+    assert (args.entropy_coef, args.is_new, args.layers, args.group_size) == (0.1, True, [1, 2], 8)
+    assert common.parse_args(MoreArgs, common.as_flags(dataclasses.asdict(args))) == args
 
 
 def test_defaults_depend_on_the_model_and_dataset_of_tiny_is_addition():

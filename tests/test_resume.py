@@ -189,7 +189,8 @@ def test_killed_run_resumes_to_the_same_bits(materials, tmp_path):
 
 def test_events_are_read_after_those_of_the_same_second(tmp_path):
     """TensorBoard reads a folder's files by name, which begins with the second: what came later must be read later."""
-    run = helpers.make_run(resume=str(tmp_path))
+    run = helpers.make_run()
+    run.args.resume = str(tmp_path)
     older = tmp_path / f"events.out.tfevents.{int(time.time())}.zz.9"
     older.touch()
     run.open_folder(resumed_at=3)
@@ -409,6 +410,17 @@ def test_flags_that_may_not_change_are_refused_by_name(module, script, undisturb
 def test_flags_that_may_change(stopped, undisturbed):
     changed = ["--save-every", "0", "--keep-checkpoints", "7", "--log-samples", "0", "--reward-timeout", "5"]
     assert runs.run_here("grpo", ["--resume", str(stopped), *changed]) == 0
+    assert_same_end(stopped, undisturbed["grpo"])
+
+
+def test_from_python_the_arguments_have_to_be_those_of_the_run(stopped, undisturbed, materials):
+    """A notebook's `Args(resume=...)` would otherwise go on with the defaults: another reward, another seed."""
+    with pytest.raises(common.UserError, match=r"^resume='.*': model is 'tiny', but the run was started with '.*/model'; common.parse_args"):
+        grpo.main(grpo.Args(resume=str(stopped)))
+    saved = json.loads((stopped / "args.json").read_text())
+    with pytest.raises(common.UserError, match="kl_coef is 0.5, but the run was started with 0.001"):
+        grpo.main(grpo.Args(**saved | {"resume": str(stopped), "kl_coef": 0.5}))
+    assert grpo.main(grpo.Args(**saved | {"resume": str(stopped), "save_every": 0})) == 0
     assert_same_end(stopped, undisturbed["grpo"])
 
 

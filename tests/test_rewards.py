@@ -606,7 +606,8 @@ def test_numbers_of_any_library_are_taken():
     values = [True, 1, 1.0, numpy.float32(1), numpy.int64(1), numpy.bool_(True), torch.tensor(1.0), torch.tensor(1)]
     assert run([lambda completions: values], ["x"] * 8).total.tolist() == [1.0] * 8
     odd = [10**30, Fraction(1, 2)]
-    assert run([lambda completions: odd], ["x"] * 2).total.tolist() == pytest.approx([1e30, 0.5])
+    total = run([common.Reward("f", lambda completions: odd, 1e-20)], ["x"] * 2).total
+    assert total.tolist() == pytest.approx([1e10, 0.5e-20], rel=1e-6, abs=0)
     for array in (numpy.ones(2), torch.ones(2, dtype=torch.bfloat16), (1, 1)):
         assert run([lambda completions: array], ["x"] * 2).total.tolist() == [1.0, 1.0]
     steps = [torch.ones(2), numpy.ones(1), [torch.tensor(1.0)]]
