@@ -339,7 +339,7 @@ def main(args: Args) -> int:
             for groups in run.minibatches(step * args.update_epochs + epoch):  # prompts, by index
                 # Whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
-                # Of the whole minibatch: `loss_of` returns a micro-batch's share of the loss, and how it is split changes nothing.
+                # Of the whole minibatch: `loss_of` returns shares of its loss, so that how it is split changes no gradient.
                 sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
 
                 def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; what it returns is summed

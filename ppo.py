@@ -296,7 +296,7 @@ def main(args: Args) -> int:
             for groups in run.minibatches(step * args.update_epochs + epoch):  # prompts, by index
                 # Whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
-                # Of the whole minibatch: `loss_of` returns a micro-batch's share of the loss, and how it is split changes nothing.
+                # Of the whole minibatch: `loss_of` returns shares of its loss, so that how it is split changes no gradient.
                 tokens = run.sum(minibatch.lengths.sum())[0]
 
                 def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; what it returns is summed
@@ -327,7 +327,7 @@ def main(args: Args) -> int:
         if critic is not None:
             residual = common.mean_and_variance(run, rollout.returns - rollout.values, mask)[1]
             mean, variance = common.mean_and_variance(run, rollout.returns, mask)
-            variance = torch.where(variance > (1e-6 * mean).square(), variance, math.nan)  # of equal returns, but for rounding
+            variance = torch.where(variance > (1e-6 * mean).square(), variance, math.nan)  # equal returns, but for rounding
             means.add("losses/explained_variance", 1 - residual / variance)
         if reference is not None:
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
