@@ -550,16 +550,19 @@ def run_in_processes(names, seconds, results):
     commands = {name: [sys.executable, __file__, "--child", name, *sys.argv[1:]] for name in names}
     processes = {name: subprocess.Popen(command, start_new_session=True) for name, command in commands.items()}
     started = time.perf_counter()
-    for name, process in processes.items():
-        limit = min(seconds, PARTS[name][1])
-        try:
-            if status := process.wait(max(limit - (time.perf_counter() - started), 0)):
-                results.add(name, "FAILED", more=f"exit status {status}", failed=True)
-        except subprocess.TimeoutExpired:
-            results.add(name, "stopped", more=f"after {limit:.0f} s", failed=True)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    try:
+        for name, process in processes.items():
+            limit = min(seconds, PARTS[name][1])
+            try:
+                if status := process.wait(max(limit - (time.perf_counter() - started), 0)):
+                    results.add(name, "FAILED", more=f"exit status {status}", failed=True)
+            except subprocess.TimeoutExpired:
+                results.add(name, "stopped", more=f"after {limit:.0f} s", failed=True)
+    finally:  # also after Ctrl-C
+        for process in processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def main(options):
