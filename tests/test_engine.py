@@ -753,11 +753,13 @@ def test_select_takes_rows_and_trims_columns_to_their_longest():
 def test_select_takes_along_what_a_script_has_added():
     rollout, *_ = helpers.ragged_rollout()
     rollout.weights, rollout.bonus = torch.arange(6), torch.arange(6.0)[:, None] + torch.zeros(rollout.completion_ids.shape)
+    rollout.step = 3
     rollout.texts, rollout.features = list("abcdef"), torch.arange(18).view(6, 3)
     part = rollout.select(torch.tensor([3, 0]))  # 2 tokens and 1
     assert part.texts == ["d", "a"] and part.features.tolist() == [[9, 10, 11], [0, 1, 2]]
     assert part.weights.tolist() == [3, 0] and part.bonus.tolist() == [[3.0, 3.0], [0.0, 0.0]]
     assert len(rollout.weights) == 6 and rollout.select(torch.tensor([1])).weights.tolist() == [1]
+    assert rollout.select(torch.tensor([1])).step == 3
 
 
 @pytest.mark.parametrize("lengths", [(2, 5), (12, 15)])  # of prompts and completions that come: shorter, longer
@@ -902,3 +904,13 @@ def test_gradient_norm_is_clipped_and_reported_as_it_was(run):
     layer.weight.grad = torch.tensor([[30.0, 40.0]])
     assert float(common.clip_and_step(run, [layer], optimizer)) == pytest.approx(50.0)
     torch.testing.assert_close(before - layer.weight.detach(), torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
+
+
+def test_another_temperature_than_the_samplers_is_refused():
+    model = helpers.make_model("llama")
+    rollout, run = sample(model, temperature=0.7), helpers.make_run(temperature=0.7)
+    sampler = common.Sampler(model, ENDS, 0.7, 12)
+    assert common.old_logprobs(run, sampler, model, rollout) is rollout.sampler_logprobs
+    run.args.temperature = 0.6  # as a schedule in a copied script does
+    with pytest.raises(common.UserError, match="sampled at temperature 0.7 and scored at 0.6"):
+        common.old_logprobs(run, sampler, model, rollout)
