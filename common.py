@@ -3334,3 +3334,5 @@ def save_final(run, model, tokenizer):
             model.config = getattr(model, "config_to_save", model.config)  # with the dropout that it came with
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
+        if any(".base_layer." in name for name, _ in model.named_parameters()):  # as peft calls what its adapters wrap
+            run.warn("final/ holds a model with an adapter that is not merged, which does not load: merge it before save_final")

@@ -556,3 +556,20 @@ def test_full_disk_in_a_real_process(limit, save_every, materials, tmp_path):
     assert re.fullmatch(r"grpo\.py: error: --output-dir \S+: .* cannot be written: .*\n", result.stderr), result.stderr
     assert not list((tmp_path / "run").rglob("*.safetensors"))
     assert sys.platform != "linux" or "too large" in result.stderr
+
+
+def test_a_final_model_with_an_adapter_that_is_not_merged_is_told(materials, tmp_path, capsys):
+    class Adapted(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+    tokenizer, run = common.tiny_tokenizer(), helpers.make_run()
+    model, run.folder = common.tiny_model(tokenizer, seed=1), tmp_path
+    common.save_final(run, model, tokenizer)
+    assert "adapter" not in capsys.readouterr().out
+    attention = model.base_model.layers[0].self_attn
+    attention.o_proj = Adapted(attention.o_proj)
+    shutil.rmtree(tmp_path / "final")
+    common.save_final(run, model, tokenizer)
+    assert "merge it before save_final" in capsys.readouterr().out
