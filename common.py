@@ -408,7 +408,7 @@ class Run:
     def uniforms(self, step: int, purpose: int, *shape) -> Tensor:
         """Random numbers in [0, 1) that depend on seed, step and purpose alone: a resumed run draws the same ones.
 
-        Purposes are 0 to 15, of which 6 and 15 are free in grpo.py, and 6 to 15 in ppo.py.
+        Purposes are 0 to 15: 1 to 5 are those of this file, the others are the scripts'.
         """
         generator = torch.Generator().manual_seed((self.args.seed * 1_000_003 + step) * 16 + purpose)
         return torch.rand(*shape, generator=generator)
@@ -3335,4 +3335,4 @@ def save_final(run, model, tokenizer):
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
         if any(".base_layer." in name for name, _ in model.named_parameters()):  # as peft calls what its adapters wrap
-            run.warn("final/ holds a model with an adapter that is not merged, which does not load: merge it before save_final")
+            run.warn("final/ has an adapter that is not merged, so it does not load as a model: merge it before save_final")

@@ -442,7 +442,7 @@ def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollo
             break
         own = slice(first, first + len(groups))
         others = prompts.next(total)[own]
-        # The second argument says what the numbers are for: here 7 to 14; lower ones are taken.
+        # Purposes 7 to 14, one an attempt: other numbers than the rollout's own, whose purpose is 0.
         uniforms = run.uniforms(step, 6 + attempt, total, G, args.max_new_tokens)[own].flatten(0, 1)
         if len(groups) == 0:
             continue
