@@ -69,7 +69,7 @@ class Args:
     value_clip: float = flag(0.2, "values may leave the rollout's by this much; inf: no clip", above=0)
     value_coef: float = flag(1.0, "weight of the value loss", above=0)
     kl_coef: float = flag(
-        tiny=0.001, real=0.05, help="beta, weight of the KL in the reward; 0: no reference model", at_least=0
+        tiny=0.02, real=0.05, help="beta, weight of the KL in the reward; 0: no reference model", at_least=0
     )
     kl_estimator: str = flag("k1", "of the KL in the reward", choices=["k1", "k2", "k3"])
     kl_target: float | None = flag(help="adapt --kl-coef so that the KL of a sequence stays near this", above=0)
