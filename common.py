@@ -68,6 +68,12 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+try:  # comes with PyTorch for GPUs
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 
 # =============================================================================
 # Run set-up: arguments, device, processes, signals
@@ -779,6 +785,24 @@ def dot_product_attention(query, key, value, scaling, mask=None):
     return out.reshape(b, heads, q, value.shape[-1])
 
 
+def has_flash_attention(query, value) -> bool:
+    """Whether PyTorch's FlashAttention 2 takes tensors like these: of half the precision, on NVIDIA's GPUs from Ampere on."""
+    if query.dtype == torch.float32 or query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
+        return False
+    return is_recent_nvidia(query.device) and torch.backends.cuda.is_flash_attention_available()
+
+
+def flash_attention(query, key, value, scaling, window, query_ends, key_ends, longest_query, longest_key):
+    """Causal attention of sequences that lie one after the other: query (q, H, D), key and value (k, H_kv, D) -> (q, H, D).
+
+    Sequence i has queries query_ends[i] to query_ends[i + 1], which are the last of its tokens, and keys key_ends[i] to
+    key_ends[i + 1]. What torch.nn.attention.varlen calls too, whose own signature differs between versions of PyTorch.
+    """
+    ends, longest, back = (query_ends, key_ends), (longest_query, longest_key), -1 if window is None else window - 1
+    options = {"scale": scaling, "window_size_left": back, "window_size_right": 0}
+    return torch.ops.aten._flash_attention_forward(query, key, value, *ends, *longest, 0.0, True, False, **options)[0]
+
+
 def flat_forward(model, tokens, positions, layout, embedded=None):
     """The transformer without its head on one flat row: tokens (n,), or their embeddings (1, n, hidden), and positions (n,)
     -> hidden states (n, hidden)."""
@@ -793,8 +817,8 @@ class PackedLayout:
     never lets a prompt see what follows it. `predictors` are the rows of the hidden states that predict the completion
     tokens, sequence by sequence. With a `cache` the prompts' keys and values are stored there.
 
-    Only attention pads. The completions stand in the row by length, the longest first, and those of similar length
-    attend together, so that a few long ones do not make tables of mostly padding.
+    FlashAttention takes the row as it is. Elsewhere attention pads: the completions stand in the row by length, the longest
+    first, and those of similar length attend together, so that a few long ones do not make tables of mostly padding.
 
     prompt_lengths (n,) of the distinct prompts; group (b,): which of them a completion continues; lengths (b,) of the
     completions; all on the CPU. The last token of a completion is no input, since nothing is predicted from it.
@@ -819,32 +843,61 @@ class PackedLayout:
 
         self.positions, self.predictors = to_device(positions, device), to_device(predictors, device)
         self.prompt_slots = to_device(self.prompt_row * self.P + self.prompt_column, device)
-        self.parts, first, token = [], 0, self.prompt_tokens
+        self.device, self.prompt_lengths, self.group, self.inputs = device, prompt_lengths, group[order], inputs
+
+    @functools.cached_property
+    def parts(self) -> list["Part"]:
+        """The completions, by length, in tables of their own."""
+        inputs, device, parts, first, token = self.inputs, self.device, [], 0, self.prompt_tokens
         while first < len(inputs) and inputs[first] > 0:
             C, end = int(inputs[first]), len(inputs)
             if (end - first) * C * (self.P + C) >= self.SPLIT_FROM:
                 end = first + int((inputs[first:] > C // 2).sum())
-            own, group_of_own = inputs[first:end], group[order[first:end]]
+            own, group = inputs[first:end], self.group[first:end]
             if device.type == "cuda":
                 C += -(self.P + C) % 16  # else attention copies the mask in every layer, to align its rows
             row, column = grid(own)
-            slots, starts = to_device(row * C + column, device), to_device(prompt_lengths[group_of_own], device)
+            slots, starts = to_device(row * C + column, device), to_device(self.prompt_lengths[group], device)
             tokens = slice(token, token + len(row))
-            self.parts.append(Part(tokens, to_device(group_of_own, device), starts, C, slots))
+            parts.append(Part(tokens, to_device(group, device), starts, C, slots))
             first, token = end, tokens.stop
+        return parts
+
+    @functools.cached_property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """For `flash_attention`: which of the row's tokens are the keys of each sequence, where the queries and where the keys of
+        each end, and how many a sequence has at most."""
+        inputs = self.inputs[self.inputs > 0]
+        group = self.group[: len(inputs)]
+        before = torch.cat([torch.zeros_like(self.prompt_lengths), self.prompt_lengths[group]])  # a completion's prompt
+        own = torch.cat([self.prompt_lengths, inputs])
+        starts = own.cumsum(0) - own
+        starts_before = torch.cat([starts[: self.n], starts[group]])
+        row, column = grid(before + own)
+        keys = torch.where(column < before[row], starts_before[row] + column, starts[row] + column - before[row])
+        ends = (F.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (own, before + own))
+        return *(to_device(x, self.device) for x in (keys, *ends)), int(own.max()), int((before + own).max())
 
     def attend(self, layer, query, key, value, scaling, window):
         """query (n, H, D), key and value (n, H_kv, D) of all tokens in the flat row -> (n, H, D)."""
-        prompt_mask, masks = self.mask(window, query.dtype)
-        q, k, v = (pad(x[: self.prompt_tokens], self.prompt_slots, self.n, self.P) for x in (query, key, value))
-        out = [unpad(dot_product_attention(q, k, v, scaling, prompt_mask), self.prompt_slots)]
         if self.cache is not None:
-            self.cache.fill(layer, k, v)
+            self.cache.fill(layer, self.prompts(key), self.prompts(value))
+        if has_flash_attention(query, value):
+            keys, *sequences = self.sequences
+            key, value = (x.index_select(0, keys) for x in (key, value))
+            return flash_attention(query, key, value, scaling, window, *sequences)
+        prompt_mask, masks = self.mask(window, query.dtype)
+        q, k, v = map(self.prompts, (query, key, value))
+        out = [unpad(dot_product_attention(q, k, v, scaling, prompt_mask), self.prompt_slots)]
         for part, mask in zip(self.parts, masks):
             q, own_k, own_v = (pad(x[part.tokens], part.slots, len(part.group), part.C) for x in (query, key, value))
             part_k, part_v = (torch.cat([x.index_select(0, part.group), own], dim=2) for x, own in ((k, own_k), (v, own_v)))
             out.append(unpad(dot_product_attention(q, part_k, part_v, scaling, mask), part.slots))
         return torch.cat(out)
+
+    def prompts(self, x):
+        """Those of the tokens x (n, heads, D) that are prompts', as a table."""
+        return pad(x[: self.prompt_tokens], self.prompt_slots, self.n, self.P)
 
     def mask(self, window, dtype):
         """Additive masks: (1, 1, P, P), None if plainly causal, and (b, 1, C, P + C) of each part.
@@ -1051,11 +1104,16 @@ class HeadLogprobs(torch.autograd.Function):
         """Log-probs of the targets (n,), entropies log Z - sum of p z (n,), and log Z (n, 1)."""
         chosen, totals, means = states.new_zeros(len(states), 1, dtype=torch.float32), [], []
         blocks, memory = HeadLogprobs.blocks(states, len(weight))
-        other = torch.empty_like(memory) if with_entropy else memory
+        has_kernels = can_run_kernels(states.device)
+        other = torch.empty_like(memory) if with_entropy and not has_kernels else memory
         for block in blocks:
             z = HeadLogprobs.logits(block, memory, states, weight, bias, scale)
             column, inside = HeadLogprobs.within(block, targets)
             chosen = torch.where(inside, z.gather(1, column), chosen)
+            if has_kernels:
+                total, mean = sums_of_logits(z)
+                totals.append(total), means.append(mean)
+                continue
             highest = z.amax(dim=-1, keepdim=True)
             weights = torch.exp(z.sub_(highest), out=other[: z.numel()].view_as(z))
             total = weights.sum(dim=-1, keepdim=True)
@@ -1098,15 +1156,19 @@ class HeadLogprobs(torch.autograd.Function):
         g = (torch.zeros_like(log_z) if grad_logprobs is None else grad_logprobs[:, None]) * ctx.scale
         h = None if grad_entropy is None else grad_entropy[:, None] * ctx.scale
         is_checked, seen = ctx.is_known and not states.is_cuda, 0.0  # reading a number would wait for a GPU
+        has_kernels = can_run_kernels(states.device)
         for block in blocks:
-            log_p = HeadLogprobs.logits(block, memory, states, low_weight, bias, ctx.scale).sub_(log_z)
-            factor = -g if h is None else -g - h * (log_p + entropy[:, None])
-            p = log_p.exp_()
-            if is_checked:
-                seen = seen + p.sum(dim=1)
-            grad = p.mul_(factor)
+            z = HeadLogprobs.logits(block, memory, states, low_weight, bias, ctx.scale)
             column, inside = HeadLogprobs.within(block, targets)
-            grad.scatter_add_(1, column, g * inside)
+            if has_kernels:
+                grad = gradient_of_logits(z, log_z, g, h, entropy, torch.where(inside, column, -1), ctx.dtype)
+            else:
+                log_p = z.sub_(log_z)
+                factor = -g if h is None else -g - h * (log_p + entropy[:, None])
+                p = log_p.exp_()
+                if is_checked:
+                    seen = seen + p.sum(dim=1)
+                grad = p.mul_(factor).scatter_add_(1, column, g * inside)
             if grad_bias is not None:
                 grad_bias[block] = grad.sum(dim=0)
             grad = grad.to(ctx.dtype)
@@ -1130,32 +1192,42 @@ class DecodeLayout:
     """Attention of one new token a row to keys and values in a cache that is written in place and read through views.
 
     Column j of the cache is prompt token j for j < P, then completion token j - P; columns that a shorter prompt leaves
-    empty stay masked. All tensors are static, so that a decoding step can be captured in a CUDA graph.
+    empty stay masked. All tensors are static, so that a decoding step can be captured in a CUDA graph; then a step works on
+    `block` columns more at a time.
     """
 
-    def __init__(self, rows, columns, device, dtype):
-        self.rows, self.columns, self.device = rows, columns, device
+    def __init__(self, capacity, C, device, dtype, block):
+        self.capacity, self.block, self.device = capacity, block, device
+        rows, _, P = capacity  # rows, prompts and tokens of a prompt, at most
+        self.columns = -(-(P + C) // block) * block
         self.keys, self.values = {}, {}
-        self.mask = torch.zeros(rows, 1, 1, columns, dtype=dtype, device=device)  # additive
-        self.key_positions = torch.zeros(rows, 1, 1, columns, dtype=torch.long, device=device)
+        self.mask = torch.zeros(rows, 1, 1, self.columns, dtype=dtype, device=device)  # additive
+        self.key_positions = torch.zeros(rows, 1, 1, self.columns, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)  # of the new tokens
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # that the new tokens are written to
         self.live = self.used = 0  # rows and columns that a step works on
 
-    def start(self, prompt_lengths, group, P):
-        """Empty the cache for prompts of these lengths (N,); row b continues prompt group[b]."""
-        self.group, self.P, self.live, self.used, self.masks = group, P, len(group), P, {}
-        start, column = prompt_lengths[group][:, None], torch.arange(self.columns, device=self.device)
-        self.mask[: self.live, 0, 0] = additive(column < start, self.mask.dtype)
-        self.key_positions[: self.live, 0, 0] = torch.where(column < P, column, start + column - P)
-        self.positions[: self.live] = start[:, 0]
+    def start(self, prompt_lengths, group_size, rows, P):
+        """Empty the cache for prompts of these lengths (N,), each for `group_size` rows; rows left over continue the first."""
+        group = torch.arange(len(prompt_lengths)).repeat_interleave(group_size)
+        self.P, self.live, self.used, self.masks = P, rows, P, {}
+        self.group = to_device(F.pad(group, (0, rows - len(group))), self.device)
+        start, column = prompt_lengths[self.group][:, None], torch.arange(self.columns, device=self.device)
+        self.mask[:rows, 0, 0] = additive(column < start, self.mask.dtype)
+        self.key_positions[:rows, 0, 0] = torch.where(column < P, column, start + column - P)
+        self.positions[:rows] = start[:, 0]
         self.column.fill_(P)
+
+    def use(self, tokens):
+        """What a step works on when `tokens` completion tokens are there; returns all that its shapes depend on."""
+        self.used = min(-(-(self.P + tokens) // self.block) * self.block, self.columns)
+        return self.live, self.used
 
     def fill(self, layer, key, value):
         """Store the prompts' keys and values, (N, H_kv, P, D), once for every row that continues them."""
         for cache, x in ((self.keys, key), (self.values, value)):
             if layer not in cache:
-                cache[layer] = x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3])
+                cache[layer] = x.new_zeros(self.capacity[0], x.shape[1], self.columns, x.shape[3])
             cache[layer][: self.live, :, : self.P] = x.index_select(0, self.group)
 
     def attend(self, layer, query, key, value, scaling, window):
@@ -1168,6 +1240,8 @@ class DecodeLayout:
 
     def window_mask(self, window):
         """Additive mask (live, 1, 1, used), once a step for all layers; window: how many tokens back each one sees, None: all."""
+        if not self.masks:
+            self.mask[: self.live].index_fill_(3, self.column, 0.0)
         if window not in self.masks:
             mask = self.mask[: self.live, :, :, : self.used]
             if window is not None:
@@ -1181,12 +1255,105 @@ class DecodeLayout:
         self.positions[: self.live] += 1
         self.masks = {}
 
-    def move(self, source, target):
-        """Copy rows `source` over rows `target`."""
+    def shrink(self, live, source, target):
+        """Go on with the first `live` rows, after rows `source` were copied over rows `target`."""
         for tensor in (self.mask, self.key_positions, self.positions):
             tensor[target] = tensor[source]
         for tensor in (*self.keys.values(), *self.values.values()):
             tensor[target, :, : self.used] = tensor[source, :, : self.used]
+        self.live = live
+
+
+class SharedPromptLayout:
+    """What `DecodeLayout` does, in two Triton kernels a layer (`attend_to_prompts`, `attend_to_completions`).
+
+    A prompt's keys and values are stored once, and read once a step, for all rows that continue it; columns without a token
+    are not read. A decoding step's attention is all reading: PyTorch's own kernel with a mask took 94 us a layer on an H200
+    (256 rows, 1024 tokens, the shape of Qwen2.5-0.5B) where the memory allows 32 for each row by itself.
+    """
+
+    def __init__(self, capacity, C, device):
+        self.capacity, self.C, self.device = capacity, C, device
+        rows, prompts, _ = capacity
+        self.prompt_keys, self.prompt_values, self.keys, self.values, self.partial = {}, {}, {}, {}, {}
+        self.prompt_lengths, self.members = (torch.zeros(n, dtype=torch.int32, device=device) for n in (prompts, 2 * rows))
+        self.place = torch.zeros(rows, dtype=torch.long, device=device)  # of a row among the members of the prompts
+        self.positions = torch.zeros(rows, dtype=torch.long, device=device)  # of the new tokens
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the cache of completions, for the new tokens
+        self.live = self.used = 0  # rows that a step works on, and columns that hold completion tokens
+
+    def start(self, prompt_lengths, group_size, rows, P):
+        """Empty the cache for prompts of these lengths (N,), each for `group_size` rows; rows left over continue empty ones."""
+        self.n, self.group_size, self.live, self.used = -(-rows // group_size), group_size, rows, 0
+        self.place[:rows] = torch.arange(rows, device=self.device)
+        self.regroup()
+        self.group = (self.place[:rows] // group_size).clamp(max=len(prompt_lengths) - 1)
+        self.prompt_lengths.zero_()[: len(prompt_lengths)] = prompt_lengths
+        self.positions[:rows] = prompt_lengths[self.group]
+        self.column.zero_()
+
+    def use(self, tokens):
+        """What a step works on when `tokens` completion tokens are there; returns all that its shapes depend on."""
+        self.used = tokens
+        return self.live, self.n, self.group_size
+
+    def fill(self, layer, key, value):
+        """Store the prompts' keys and values, (N, H_kv, P, D)."""
+        rows, prompts, P = self.capacity
+        for prompt_cache, cache, x in ((self.prompt_keys, self.keys, key), (self.prompt_values, self.values, value)):
+            if layer not in cache:
+                prompt_cache[layer] = x.new_zeros(prompts, x.shape[1], P, x.shape[3])
+                cache[layer] = x.new_zeros(rows, x.shape[1], self.C, x.shape[3])
+            prompt_cache[layer][: len(x), :, : x.shape[2]] = x
+
+    def attend(self, layer, query, key, value, scaling, window):
+        """query (live, H, D), key and value (live, H_kv, D) of the new tokens -> (live, H, D)."""
+        (live, heads, dim), (_, kv_heads, value_dim) = query.shape, value.shape
+        query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+        width, value_width = (max(triton.next_power_of_2(n), 16) for n in (dim, value_dim))
+        repeats = heads // kv_heads
+        of_group = self.group_size * repeats
+        tile = min(max(triton.next_power_of_2(of_group), 16), max(4096 // max(width, value_width), 16))
+        block = min(max(8192 // (max(width, value_width) * key.element_size()), 16), 64)
+        # A program reads block after block, and waits for each, so a long prompt is for several: a GPU runs some 256 at once.
+        rows, tiles = self.capacity[0], triton.cdiv(of_group, tile)
+        splits = max(min(256 // (self.n * kv_heads * tiles), self.capacity[2] // (2 * block), 8), 1)
+        if (heads, value_dim, splits) not in self.partial:
+            shapes = [(splits, rows, heads, *last) for last in ((), (), (value_dim,))]
+            self.partial[heads, value_dim, splits] = [torch.zeros(shape, device=self.device) for shape in shapes]
+        partial, out = self.partial[heads, value_dim, splits], query.new_empty(live, heads, value_dim)
+        shape = dict(REPEATS=repeats, DIM=dim, VALUE_DIM=value_dim, WIDTH=width, VALUE_WIDTH=value_width, BLOCK=block)
+        shape |= dict(SPLITS=splits, num_stages=4)
+        window = 2**30 if window is None else window
+        attend_to_prompts[self.n, kv_heads, tiles * splits](
+            query, self.prompt_keys[layer], self.prompt_values[layer], *partial, self.members, self.prompt_lengths, self.positions,
+            scaling, window, *query.stride()[:2], *self.prompt_keys[layer].stride()[:2], *self.prompt_values[layer].stride()[:2], rows,
+            GROUP=self.group_size, TILE=tile, **shape,
+        )  # fmt: skip
+        attend_to_completions[live, kv_heads](
+            query, key, value, self.keys[layer], self.values[layer], *partial, out, self.column,
+            scaling, window, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], self.C, rows,
+            TILE=max(triton.next_power_of_2(repeats), 16), **shape,
+        )  # fmt: skip
+        return out
+
+    def advance(self):
+        self.column += 1
+        self.positions[: self.live] += 1
+
+    def shrink(self, live, source, target):
+        """Go on with the first `live` rows, after rows `source` were copied over rows `target`."""
+        for tensor in (self.place, self.positions):
+            tensor[target] = tensor[source]
+        for tensor in (*self.keys.values(), *self.values.values()):
+            tensor[target, :, : self.used] = tensor[source, :, : self.used]
+        self.live = live
+        self.regroup()
+
+    def regroup(self):
+        """Note for each prompt which rows continue it: -1 for those that have left."""
+        self.members.fill_(-1)
+        self.members[self.place[: self.live]] = torch.arange(self.live, dtype=torch.int32, device=self.device)
 
 
 class PlainForward:
@@ -1302,9 +1469,9 @@ def draw(logits, uniform):
     blocks of tokens, then within one: a running sum over the whole vocabulary is slow on a GPU, and rounds.
     """
     blocks = vocabulary_blocks(logits)
-    highest, at = blocks.max(dim=-1, keepdim=True)
     within = blocks.log_softmax(dim=-1)  # of each token in its block; a GPU reads and writes the logits once for it
-    totals = torch.where(highest.isinf(), highest, highest - within.gather(2, at))[:, :, 0]  # logs of the blocks' sums
+    highest = blocks.amax(dim=-1)
+    totals = torch.where(highest.isinf(), highest, highest - within.amax(dim=-1))  # logs of the blocks' sums
     among = totals.log_softmax(dim=-1)
     block, rest = invert(among.exp(), uniform[:, None])
     chosen = of_block(within, block)
@@ -1388,7 +1555,7 @@ class Sampler:
         # Four numbers of rows an octave, so that few shapes occur; the rows that nobody asked for have finished.
         step = 2 ** max(B.bit_length() - 3, 0) if self.is_cuda else 1
         rows = -(-B // step) * step
-        self.allocate(rows, P, uniforms)
+        self.allocate(rows, -(-rows // group_size), P, uniforms)
         self.finished[B:rows] = True
         is_low = self.compute_dtype != torch.float32
         was_training = self.model.training
@@ -1399,26 +1566,31 @@ class Sampler:
         self.draw = fused(draw) if is_compiled(self.model) else draw
         self.model.eval()  # in training gradient checkpointing reads the random state, which a graph cannot capture
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=is_low, cache_enabled=False):
-            self.prefill(prompts, prompt_lengths, to_device(F.pad(group, (0, rows - B)), self.device), P, greedy)
+            self.cache.start(to_device(prompt_lengths, self.device), group_size, rows, P)
+            self.prefill(prompts, prompt_lengths, greedy)
             for t in inner_progress(range(1, self.C), "sampling"):
                 if not self.is_cuda or t % 16 == 1:  # reading `finished` waits for a GPU: not at every step
                     self.drop_finished()
                 if self.cache.live == 0:
                     break
-                self.cache.used = min(-(-(P + t) // self.block) * self.block, self.cache.columns)
-                self.step(greedy) if not self.is_cuda else self.replay(greedy)
+                shape = self.cache.use(t)
+                self.step(greedy) if not self.is_cuda else self.replay(shape, greedy)
         self.model.train(was_training)
         return self.rollout(prompts, prompt_lengths, group)
 
-    def allocate(self, B, P, uniforms):
+    def allocate(self, B, prompts, P, uniforms):
         """The static tensors that a step reads and writes; on a GPU those of the last call, where large enough."""
-        self.block = 128 if self.is_cuda else 1
-        columns = -(-(P + self.C) // self.block) * self.block
-        if self.cache is None or self.cache.rows < B or self.cache.columns < columns:
+        block = 128 if self.is_cuda else 1
+        needed = (B, prompts, -(-(P + self.C) // block) * block - self.C)
+        if self.cache is None or any(there < need for there, need in zip(self.cache.capacity, needed)):
             if self.cache is not None:  # evaluation and training must not take turns at making each other's cache anew
-                B, columns = max(B, self.cache.rows), max(columns, self.cache.columns)
+                needed = tuple(map(max, needed, self.cache.capacity))
             self.graphs, self.pool, self.cache = {}, None, None  # frees the old cache before the new one
-            self.cache = DecodeLayout(B, columns, self.device, self.compute_dtype)
+            if self.is_cuda and can_run_kernels(self.device):
+                self.cache = SharedPromptLayout(needed, self.C, self.device)
+            else:
+                self.cache = DecodeLayout(needed, self.C, self.device, self.compute_dtype, block)
+            B = needed[0]
             self.tokens, self.cell = (torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(2))
             self.finished = torch.zeros(B, dtype=torch.bool, device=self.device)
             self.ids = torch.zeros(B, self.C, dtype=torch.long, device=self.device)
@@ -1430,19 +1602,17 @@ class Sampler:
         if uniforms is not None:
             self.uniforms[: len(uniforms)] = to_device(uniforms, self.device)
 
-    def prefill(self, prompts, prompt_lengths, group, P, greedy):
+    def prefill(self, prompts, prompt_lengths, greedy):
         """Fill the cache from the prompts and choose the first token of every sequence."""
         lengths = torch.ones_like(prompt_lengths)  # one token to predict, none to feed
         layout = PackedLayout(prompt_lengths, torch.arange(len(prompts)), lengths, self.device, self.cache)
-        self.cache.start(to_device(prompt_lengths, self.device), group, P)
         tokens = to_device(torch.tensor([token for ids in prompts for token in ids]), self.device)
         states = self.forward(tokens, layout.positions, layout).index_select(0, layout.predictors)
-        self.choose(self.logits(states).index_select(0, group), greedy)
+        self.choose(self.logits(states).index_select(0, self.cache.group), greedy)
 
     def step(self, greedy):
         """Feed the newest token of every live row and choose the next: works on static tensors only."""
         cache = self.cache
-        cache.mask[: cache.live].index_fill_(3, cache.column, 0.0)
         states = self.forward(self.tokens[: cache.live], cache.positions[: cache.live], cache)
         self.choose(self.logits(states), greedy)
         cache.advance()
@@ -1475,9 +1645,9 @@ class Sampler:
         finished |= (tokens[:, None] == self.end_ids).any(dim=-1)
         cell += 1
 
-    def replay(self, greedy):
+    def replay(self, shape, greedy):
         """One step as a CUDA graph, captured the first time that its shape is seen."""
-        key = (self.cache.live, self.cache.used, greedy, self.temperature)
+        key = (*shape, greedy, self.temperature)
         if key not in self.graphs:
             # What a step changes, besides the cache cells of its own column, which it writes again.
             ours = [self.tokens, self.finished, self.cell, self.ids, self.logprobs, self.entropy]
@@ -1511,10 +1681,9 @@ class Sampler:
         holes = to_device(finished[:live].nonzero()[:, 0], self.device)
         movers = to_device(live + (~finished[live:]).nonzero()[:, 0], self.device)
         holes = holes[: len(movers)]
-        self.cache.move(movers, holes)
         for tensor in (self.tokens, self.cell, self.finished):
             tensor[holes] = tensor[movers]
-        self.cache.live = live
+        self.cache.shrink(live, movers, holes)
 
     def rollout(self, prompts, prompt_lengths, group) -> Rollout:
         B = len(group)
@@ -1563,6 +1732,170 @@ def rollout_of(
         sampler_logprobs=torch.zeros(mask.shape, device=device),
         sampler_entropy=torch.zeros(mask.shape, device=device),
     )
+
+
+# =============================================================================
+# Triton kernels: what a GPU runs in place of many passes over the same numbers
+# =============================================================================
+
+
+def is_recent_nvidia(device) -> bool:
+    """An NVIDIA GPU from Ampere on (A100, RTX 30): what FlashAttention 2 and the kernels below are for."""
+    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def can_run_kernels(device) -> bool:
+    """Whether Triton is there, and the C compiler that it needs at run time. Without them plain PyTorch does the same."""
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    return triton is not None and is_recent_nvidia(device) and any(shutil.which(name) for name in compilers)
+
+
+def sums_of_logits(logits):
+    """For logits (n, columns): the logs of the sums of their exponentials and their means under the softmax, both (n, 1)."""
+    log_totals, means = logits.new_empty(len(logits), 1), logits.new_empty(len(logits), 1)
+    log_sums[(len(logits),)](logits, log_totals, means, logits.shape[1], BLOCK=4096, num_warps=8)
+    return log_totals, means
+
+
+def gradient_of_logits(logits, log_z, g, h, entropy, target, dtype):
+    """g d log p[target] + h d entropy / d logits, (n, columns) in `dtype`. The others are (n, 1) or (n,); h may be None, and a
+    target -1 is in no column."""
+    out, (n, columns) = torch.empty_like(logits, dtype=dtype), logits.shape
+    numbers = (x.contiguous() for x in (log_z, g, g if h is None else h, entropy, target))
+    logit_gradients[n, triton.cdiv(columns, 4096)](logits, out, *numbers, columns, HAS_ENTROPY=h is not None, BLOCK=4096)
+    return out
+
+
+if triton is not None:
+    # A softmax in parts: each part is the highest of its scores, the sum of the weights relative to that one, and the sum of
+    # the weighted values. Of a tile, n are its queries, d the numbers of a key, e those of a value, j the keys of a block.
+
+    @triton.jit
+    def attend_block(
+        q, keys, values, column, end, allowed, scaling, highest, total, weighted,
+        DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """The part so far and the keys in these columns, of which those from `end` on are none."""
+        d, e, is_there = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH), column < end
+        k = tl.load(keys + column[None, :] * DIM + d[:, None], mask=is_there[None, :] & (d < DIM)[:, None], other=0.0)
+        v_at = values + column[:, None] * VALUE_DIM + e[None, :]
+        v = tl.load(v_at, mask=is_there[:, None] & (e < VALUE_DIM)[None, :], other=0.0)
+        allowed = allowed & is_there[None, :]
+        scores = tl.where(allowed, tl.dot(q, k, input_precision="ieee") * scaling, -1e30)
+        new = tl.maximum(highest, tl.max(scores, 1))
+        weights, decay = tl.where(allowed, tl.exp(scores - new[:, None]), 0.0), tl.exp(highest - new)
+        weighted = weighted * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        return new, total * decay + tl.sum(weights, 1), weighted
+
+    @triton.jit
+    def attend_to_prompts(
+        query, keys, values, highest_out, total_out, weighted_out, members, prompt_lengths, positions, scaling, window,
+        query_row, query_head, keys_prompt, keys_head, values_prompt, values_head, rows,
+        GROUP: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, REPEATS: tl.constexpr, BLOCK: tl.constexpr,
+        DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """A program for each part of a prompt and head of keys: its queries are all heads of all rows that continue the prompt."""
+        prompt, kv_head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * REPEATS
+        tile, part = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
+        n, d, e, j = tile * TILE + tl.arange(0, TILE), tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH), tl.arange(0, BLOCK)
+        row = tl.load(members + prompt * GROUP + n // REPEATS, mask=n < GROUP * REPEATS, other=-1).to(tl.int64)
+        head, is_there = kv_head * REPEATS + n % REPEATS, row >= 0
+        length = tl.where(tl.max(row, 0) >= 0, tl.load(prompt_lengths + prompt), 0)  # all its rows may have left
+        position = tl.load(positions + row, mask=is_there, other=0)
+        q_at = query + row[:, None] * query_row + head[:, None] * query_head + d[None, :]
+        q = tl.load(q_at, mask=is_there[:, None] & (d < DIM)[None, :], other=0.0)
+        keys += prompt * keys_prompt + kv_head * keys_head
+        values += prompt * values_prompt + kv_head * values_head
+        highest, total = tl.full([TILE], -1e30, tl.float32), tl.zeros([TILE], tl.float32)
+        weighted = tl.zeros([TILE, VALUE_WIDTH], tl.float32)
+        of_part = tl.cdiv(length, SPLITS * BLOCK) * BLOCK
+        for start in range(part * of_part, tl.minimum((part + 1) * of_part, length), BLOCK):
+            column = start + j
+            highest, total, weighted = attend_block(
+                q, keys, values, column, length, position[:, None] - column[None, :] < window, scaling, highest, total, weighted,
+                DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
+            )  # fmt: skip
+        at = (part * rows + row) * heads + head
+        tl.store(highest_out + at, highest, mask=is_there)
+        tl.store(total_out + at, total, mask=is_there)
+        weighted_at = weighted_out + at[:, None] * VALUE_DIM + e[None, :]
+        tl.store(weighted_at, weighted, mask=is_there[:, None] & (e < VALUE_DIM)[None, :])
+
+    @triton.jit
+    def attend_to_completions(
+        query, key, value, keys, values, highest_in, total_in, weighted_in, out, step, scaling, window,
+        query_row, query_head, key_row, key_head, value_row, value_head, C, rows,
+        TILE: tl.constexpr, SPLITS: tl.constexpr, REPEATS: tl.constexpr, BLOCK: tl.constexpr,
+        DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """A program for each row and head of keys: stores the new key and value, and puts together what the row attends to."""
+        row, kv_head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * REPEATS
+        n, d, e, j = tl.arange(0, TILE), tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH), tl.arange(0, BLOCK)
+        head, is_there, t = kv_head * REPEATS + n, n < REPEATS, tl.load(step).to(tl.int32)
+        is_number = is_there[:, None] & (e < VALUE_DIM)[None, :]
+        q_at = query + row * query_row + head[:, None] * query_head + d[None, :]
+        q = tl.load(q_at, mask=is_there[:, None] & (d < DIM)[None, :], other=0.0)
+        k = tl.load(key + row * key_row + kv_head * key_head + d, mask=d < DIM, other=0.0)
+        v = tl.load(value + row * value_row + kv_head * value_head + e, mask=e < VALUE_DIM, other=0.0)
+        keys += (row * tl.num_programs(1) + kv_head) * C * DIM
+        values += (row * tl.num_programs(1) + kv_head) * C * VALUE_DIM
+        tl.store(keys + t * DIM + d, k, mask=d < DIM)
+        tl.store(values + t * VALUE_DIM + e, v, mask=e < VALUE_DIM)
+        # The new token itself ...
+        highest = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scaling
+        total, weighted = tl.full([TILE], 1.0, tl.float32), tl.zeros([TILE, VALUE_WIDTH], tl.float32) + v.to(tl.float32)[None, :]
+        # ... the prompt, in parts ...
+        for part in tl.static_range(SPLITS):
+            at = (part * rows + row) * heads + head
+            highest_there = tl.load(highest_in + at, mask=is_there, other=-1e30)
+            total_there = tl.load(total_in + at, mask=is_there, other=0.0)
+            weighted_there = tl.load(weighted_in + at[:, None] * VALUE_DIM + e[None, :], mask=is_number, other=0.0)
+            new = tl.maximum(highest, highest_there)
+            decay, decay_there = tl.exp(highest - new), tl.exp(highest_there - new)
+            total = total * decay + total_there * decay_there
+            weighted = weighted * decay[:, None] + weighted_there * decay_there[:, None]
+            highest = new
+        # ... and the completion's tokens before.
+        for start in range(tl.maximum(t - window + 1, 0) // BLOCK * BLOCK, t, BLOCK):
+            column = start + j
+            highest, total, weighted = attend_block(
+                q, keys, values, column, t, is_there[:, None] & (t - column < window)[None, :], scaling, highest, total, weighted,
+                DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
+            )  # fmt: skip
+        tl.store(out + (row * heads + head)[:, None] * VALUE_DIM + e[None, :], weighted / total[:, None], mask=is_number)
+
+    @triton.jit
+    def log_sums(logits, log_totals, means, columns, BLOCK: tl.constexpr):
+        """A program for each row of logits: the log of the sum of their exponentials, and their mean under the softmax."""
+        row = tl.program_id(0).to(tl.int64)
+        highest, total, mean = -1e30, 0.0, 0.0  # the mean of what the logits are above the highest, times the total
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + row * columns + column, mask=column < columns, other=float("-inf"))
+            new = tl.maximum(highest, tl.max(z, 0))
+            weights = tl.exp(z - new)
+            decay = tl.exp(highest - new)
+            mean = decay * (mean + (highest - new) * total) + tl.sum(tl.where(weights > 0, weights * (z - new), 0.0), 0)
+            total = total * decay + tl.sum(weights, 0)
+            highest = new
+        tl.store(log_totals + row, highest + tl.log(total))
+        tl.store(means + row, highest + mean / total)
+
+    @triton.jit
+    def logit_gradients(
+        logits, out, log_z, of_logprob, of_entropy, entropy, target, columns,
+        HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """A program for each row and range of logits: the gradient of the target's log-prob, and of the entropy, in them."""
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        log_p = tl.load(logits + row * columns + column, mask=column < columns, other=float("-inf")) - tl.load(log_z + row)
+        g = tl.load(of_logprob + row)
+        factor = -g
+        if HAS_ENTROPY:
+            factor = tl.where(log_p > -1e30, -g - tl.load(of_entropy + row) * (log_p + tl.load(entropy + row)), 0.0)
+        grad = tl.exp(log_p) * factor + tl.where(column == tl.load(target + row), g, 0.0)
+        tl.store(out + row * columns + column, grad, mask=column < columns)
 
 
 # =============================================================================

@@ -6,7 +6,7 @@
 
 Parts, in order: `machine` measures the rate of a large bfloat16 matrix product and the bandwidth of a large copy (bytes
 read and written). `checks` compares a small model on the GPU with float64 on the CPU, while `tests` and `tests-compiled`
-run tests/test_cuda.py.
+run the test suite's GPU part.
 `decode` counts tokens a second for the shapes of Qwen2.5 with random weights, against the floor of memory traffic
 (weights and used cache read once a step at the copy's bandwidth). `generate` is transformers' own. `grpo-…`, `ppo-…` are
 whole steps of the scripts: prompts of 256 tokens, 32 x 8 completions of 512 (or fewer, with end tokens). `…-compiled` is
@@ -327,13 +327,13 @@ def check_distribution(results, sizes):
 def tests(results, sizes, options, compiled=False):
     """The GPU part of the test suite; building programs takes about as long as all the rest of it, so that is a part of its own."""
     chosen = ("compiled" if compiled else "not [cpu and not compiled") if sizes.device == "cuda" else "halve_after"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", chosen, "--durations=5"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "tests/test_kernels.py", "-k", chosen]
     started = time.perf_counter()
     process, last = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), "no output"
     for line in process.stdout:  # printed as they come, so that a part that is killed has said what failed
         print(line, end="", flush=True)
         last = line.strip() or last
-    what = f"check: tests/test_cuda.py{', compiled' * compiled}"
+    what = f"check: the test suite's GPU part{', compiled' * compiled}"
     results.add(what, "ok" if process.wait() == 0 else "WRONG", more=f"{last}; {time.perf_counter() - started:.0f} s")
 
 
@@ -369,11 +369,11 @@ def decode_once(results, sizes, model, shape, rows, context, what, compiled):
     method = "replay" if sampler.is_cuda else "step"
     original = getattr(sampler, method)
 
-    def first_step_starts_the_clock(greedy):
+    def first_step_starts_the_clock(*arguments):
         if not started:
             wait(sizes.device)
             started.append(time.perf_counter())
-        original(greedy)
+        original(*arguments)
 
     setattr(sampler, method, first_step_starts_the_clock)
     times = []
@@ -523,7 +523,7 @@ PARTS = {
     "machine": (machine, 60), "checks": (checks, 90), "tests": (tests, 180), "tests-compiled": (functools.partial(tests, compiled=True), 180),
     "decode": (decode, 120), "grpo-0.5B": (training("grpo", "0.5B"), 100), "grpo-1.5B": (training("grpo", "1.5B"), 120),
     "generate": (generate, 90), "ppo-1.5B": (training("ppo", "1.5B"), 150), "trl": (trl, 150), "ppo-0.5B": (training("ppo", "0.5B"), 100),
-    "grpo-1.5B-compiled": (training("grpo", "1.5B", flags=["--compile"]), 170),
+    "grpo-0.5B-compiled": (training("grpo", "0.5B", flags=["--compile"]), 150), "grpo-1.5B-compiled": (training("grpo", "1.5B", flags=["--compile"]), 170),
     "decode-compiled": (functools.partial(decode, compiled=True), 120), "grpo-0.5B-geometric": (training("grpo", "0.5B", "geometric"), 90),
 }  # fmt: skip
 SIDE_BY_SIDE = {"checks", "tests", "tests-compiled"}  # which time nothing

@@ -12,6 +12,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels of common.py as plain Python, where Triton is installed
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background jobs ignore, and so their runs
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import math
 from unittest import mock
 
 import torch
@@ -41,6 +42,11 @@ FAMILIES = {
         **SIZES, **GQA, head_dim=6, sliding_window=3, layer_types=["sliding_attention", "full_attention"]
     ),
 }
+# With heads wide enough for FlashAttention on a GPU.
+WIDE = {
+    "qwen3_wide": lambda: transformers.Qwen3Config(**SIZES, **GQA, head_dim=16),
+    "mistral_wide_window": lambda: transformers.MistralConfig(**SIZES, **GQA, head_dim=16, sliding_window=4),
+}
 WINDOWED = ["mistral_window", "qwen2_window", "gemma3_window"]
 
 
@@ -55,7 +61,7 @@ def config_model(config, seed=0):
 
 
 def make_model(family, seed=0):
-    return config_model(FAMILIES[family](), seed)
+    return config_model((FAMILIES | WIDE)[family](), seed)
 
 
 def eager_double(model):
@@ -91,6 +97,27 @@ def ragged_rollout(seed=0):
     index = [0, 0, 1, 2, 2, 2]
     rows = [prompts[i] for i in index]
     return common.rollout_of(rows, completions, torch.device("cpu"), index), rows, completions
+
+
+def plain_logprobs(states, weight, bias, targets, scale):
+    """What `common.HeadLogprobs` promises: log-probs and entropies, (n,)."""
+    logits = states @ weight.t()
+    log_p = (scale * (logits if bias is None else logits + bias)).log_softmax(-1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def plain_flash_attention(query, key, value, scaling, window, query_ends, key_ends, longest_query, longest_key):
+    """What `common.flash_attention` promises, sequence by sequence."""
+    out = []
+    spans = [torch.stack([ends[:-1], ends[1:]], dim=1).tolist() for ends in (query_ends, key_ends)]
+    for (first, last), (first_key, last_key) in zip(*spans):
+        q, (k, v) = query[first:last], (x[first_key:last_key].repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        assert len(q) <= min(len(k), longest_query) and len(k) <= longest_key
+        back = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        hidden = (back < 0) | (back >= (window or math.inf))
+        weights = (torch.einsum("qhd,khd->hqk", q, k) * scaling).masked_fill(hidden, -math.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(out)
 
 
 def make_run(**flags):

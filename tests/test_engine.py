@@ -22,9 +22,12 @@ def llama():
     return helpers.make_model("llama")
 
 
-@pytest.fixture(params=["small", "large"])
+@pytest.fixture(params=["small", "large", "packed"])
 def size(request, monkeypatch):
-    """Runs a test twice, the second time on the paths that only larger inputs take on a CPU."""
+    """Runs a test three times, then on the paths that only larger inputs take on a CPU, then on that of FlashAttention."""
+    if request.param == "packed":
+        monkeypatch.setattr(common, "has_flash_attention", lambda query, value: query.shape[-1] == value.shape[-1])
+        monkeypatch.setattr(common, "flash_attention", helpers.plain_flash_attention)
     if request.param == "large":
         monkeypatch.setattr(common, "is_short", lambda query, key: False)
         monkeypatch.setattr(common.PackedLayout, "SPLIT_FROM", 0)
@@ -146,13 +149,6 @@ def test_packed_layout_by_hand_with_a_length_of_zero():
 # ---------------------------------------------------------------- the head: log-probs and their gradient
 
 
-def plain_logprobs(states, weight, bias, targets, scale):
-    """And the entropies."""
-    logits = states @ weight.t()
-    log_p = (scale * (logits if bias is None else logits + bias)).log_softmax(-1)
-    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-
-
 @pytest.mark.parametrize("loss", ["logprobs", "entropy", "both"])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 0.37])
@@ -165,12 +161,12 @@ def test_head_gradients_are_those_of_plain_autograd(monkeypatch, loss, has_bias,
     targets[0], targets[1] = 0, vocabulary - 1
     assert len(common.HeadLogprobs.blocks(states, vocabulary)[0]) == blocks
     leaves = [x.clone().requires_grad_() for x in (states, weight, bias) if x is not None]
-    known = plain_logprobs(states, weight, bias, targets, scale) if is_known else None
+    known = helpers.plain_logprobs(states, weight, bias, targets, scale) if is_known else None
     with_entropy = loss != "logprobs" or vocabulary == 300
     got = common.HeadLogprobs.apply(*leaves, *[None] * (not has_bias), targets, scale, with_entropy, known)
 
     doubles = [x.double().requires_grad_() for x in (states, weight, bias) if x is not None]
-    want = plain_logprobs(*doubles, *[None] * (not has_bias), targets, scale)
+    want = helpers.plain_logprobs(*doubles, *[None] * (not has_bias), targets, scale)
     used = {"logprobs": [0], "entropy": [1], "both": [0, 1]}[loss]
     sum(got[i] @ incoming[i] for i in used).backward()
     sum(want[i] @ incoming[i].double() for i in used).backward()
@@ -187,7 +183,7 @@ def test_head_without_gradient_of_the_weight():
     states, weight, targets = torch.randn(4, 5, requires_grad=True), torch.randn(7, 5), torch.tensor([0, 6, 3, 3])
     logprobs, _ = common.HeadLogprobs.apply(states, weight, None, targets, 1.0, False)
     logprobs.sum().backward()
-    want = torch.autograd.grad(plain_logprobs(states, weight, None, targets, 1.0)[0].sum(), states)[0]
+    want = torch.autograd.grad(helpers.plain_logprobs(states, weight, None, targets, 1.0)[0].sum(), states)[0]
     torch.testing.assert_close(states.grad, want, atol=1e-5, rtol=1e-5)
     assert weight.grad is None
 
@@ -564,7 +560,7 @@ def test_tokens_are_drawn_by_inverting_the_cumulative_distribution(llama):
 def force_gpu_path(sampler, monkeypatch):
     """The path of a GPU, on the CPU and without graphs: buckets of columns, rows by halves, tensors kept between calls."""
     sampler.is_cuda = True
-    monkeypatch.setattr(sampler, "replay", sampler.step)
+    monkeypatch.setattr(sampler, "replay", lambda shape, greedy: sampler.step(greedy))
     monkeypatch.setattr(common, "is_short", lambda query, key: False)
 
 
@@ -581,7 +577,7 @@ def test_buckets_of_columns_and_rows_change_nothing(family, monkeypatch):
         part = uniforms[: len(prompts) * copies]
         for numbers in (part, None):
             want, got = plain.sample(prompts, copies, numbers), bucketed.sample(prompts, copies, numbers)
-            assert bucketed.block == 128 and (first_cache is None or bucketed.cache is first_cache)
+            assert bucketed.cache.block == 128 and (first_cache is None or bucketed.cache is first_cache)
             first_cache = bucketed.cache
             assert numbers is None or len(part) < 32 or bucketed.cache.live < len(part)  # many rows have left by halves
             assert torch.equal(got.completion_ids, want.completion_ids) and torch.equal(got.lengths, want.lengths)

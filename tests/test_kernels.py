@@ -1,0 +1,85 @@
+"""The Triton kernels against plain tensors; without a GPU through Triton's interpreter (skipped where Triton is not installed)."""
+
+import helpers
+import pytest
+import torch
+
+import common
+
+pytest.importorskip("triton")
+ENDS = {1, 4, 9}
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))])
+def device(request, monkeypatch):
+    """A device on which the kernels run."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are built for the GPU")
+    monkeypatch.setattr(common, "can_run_kernels", lambda device: True)
+    return torch.device("cpu")
+
+
+def kernel_sampler(model, length, monkeypatch):
+    """A sampler that takes the path of a GPU, on a CPU without graphs."""
+    sampler = common.Sampler(model, ENDS, 0.8, length)
+    if sampler.device.type == "cpu":
+        sampler.is_cuda = True
+        monkeypatch.setattr(sampler, "replay", lambda shape, greedy: sampler.step(greedy))
+    return sampler
+
+
+@pytest.mark.parametrize("loss", ["logprobs", "entropy", "both"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_logprobs_entropies_and_gradients_of_the_head_are_the_plain_ones(device, loss, has_bias, monkeypatch):
+    """In float64 on the CPU; a vocabulary of two blocks, of which the second ends in the middle of what a program reads."""
+    n, hidden, vocabulary, scale = 5, 16, 9_100, 0.7
+    states, weight, bias = torch.randn(n, hidden), torch.randn(vocabulary, hidden), torch.randn(vocabulary)
+    targets = torch.tensor([0, 8_191, 8_192, 9_099, 17])
+    wanted = [x.double().requires_grad_() for x in (states, weight, bias)]
+    ours = [x.to(device).requires_grad_() for x in (states, weight, bias)]
+    blocks = [slice(0, 8_192), slice(8_192, vocabulary)]
+    monkeypatch.setattr(common.HeadLogprobs, "blocks", lambda states, _: (blocks, states.new_empty(n * 8_192)))
+    pairs = []
+    for x, function in ((wanted, helpers.plain_logprobs), (ours, common.HeadLogprobs.apply)):
+        more = (True,) if x is ours else ()
+        outputs = function(x[0], x[1], x[2] if has_bias else None, targets.to(x[0].device), scale, *more)
+        parts = [(torch.arange(1, n + 1, device=out.device) * out).sum() for out in outputs]
+        (parts[0] * (loss != "entropy") + parts[1] * (loss != "logprobs")).backward()
+        pairs.append([*outputs, *(y.grad for y in x if y.grad is not None)])
+    assert len(pairs[0]) == len(pairs[1]) == (5 if has_bias else 4)
+    for want, got in zip(*pairs):
+        assert float((got.detach().cpu() - want.detach()).norm() / want.detach().norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "family, lengths, copies",
+    [("llama", (3, 7, 1, 5), 3), ("qwen3_wide", (6,), 2), ("mistral_window", (420, 130, 20), 2), ("mistral_wide_window", (2, 3), 1)],
+)
+@pytest.mark.parametrize("greedy", [False, True])
+def test_kernels_sample_what_plain_attention_samples(device, family, lengths, copies, greedy, monkeypatch):
+    """Prompts of several blocks, which several programs read; windows over a prompt's end; a group, and rows of their own."""
+    model, prompts, length = helpers.make_model(family).to(device), helpers.random_ids(*lengths), 7
+    uniforms = None if greedy else torch.rand(len(prompts) * copies, length, generator=torch.Generator().manual_seed(7))
+    sampler, plain = kernel_sampler(model, length, monkeypatch), common.Sampler(model, ENDS, 0.8, length)
+    plain.is_cuda = False
+    want, got = plain.sample(prompts, copies, uniforms), sampler.sample(prompts, copies, uniforms)
+    assert isinstance(sampler.cache, common.SharedPromptLayout)
+    assert torch.equal(got.completion_ids, want.completion_ids) and got.lengths.tolist() == want.lengths.tolist()
+    torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, atol=1e-4, rtol=0)
+
+
+def test_rows_that_leave_and_rollouts_that_follow_change_nothing(device, monkeypatch):
+    """Half of the rows leave at token 17, from the middle of their groups; a smaller rollout then takes the same tensors."""
+    model, length = helpers.make_model("llama").to(device), 20
+    sampler, plain = kernel_sampler(model, length, monkeypatch), common.Sampler(model, ENDS, 0.8, length)
+    plain.is_cuda, first_cache = False, None
+    for prompts, copies in ((helpers.random_ids(3, 2, 4, 1), 8), (helpers.random_ids(5, seed=3), 3)):
+        uniforms = torch.rand(len(prompts) * copies, length, generator=torch.Generator().manual_seed(2))
+        want, got = plain.sample(prompts, copies, uniforms), sampler.sample(prompts, copies, uniforms)
+        assert torch.equal(got.completion_ids, want.completion_ids)
+        torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, atol=1e-4, rtol=0)
+        assert first_cache is None or sampler.cache is first_cache
+        assert first_cache or sampler.cache.live == 16
+        first_cache = sampler.cache
