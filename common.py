@@ -1,7 +1,7 @@
 """Helpers of ppo.py and grpo.py: everything that carries no algorithm. Reading the scripts does not need this file.
 
-Sections: run set-up · rollouts and the flat row · log-probabilities and values · sampling · models and tokenizers ·
-torch.compile and processes · the built-in model and task · prompts · built-in rewards · reward functions · evaluation ·
+Sections: run set-up · rollouts and the flat row · log-probabilities and values · sampling · Triton kernels ·
+models and tokenizers · torch.compile and processes · the built-in model and task · prompts · built-in rewards · reward functions · evaluation ·
 micro-batches and optimiser steps · statistics · checkpoints
 """
 
@@ -787,7 +787,8 @@ def dot_product_attention(query, key, value, scaling, mask=None):
 
 def has_flash_attention(query, value) -> bool:
     """Whether PyTorch's FlashAttention 2 takes tensors like these: of half the precision, on NVIDIA's GPUs from Ampere on."""
-    if query.dtype == torch.float32 or query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
+    dim = query.shape[-1]
+    if query.dtype == torch.float32 or dim != value.shape[-1] or dim > 192 or dim % 8:  # wider heads train on some cards only
         return False
     return is_recent_nvidia(query.device) and torch.backends.cuda.is_flash_attention_available()
 
