@@ -1,8 +1,8 @@
 """Helpers of ppo.py and grpo.py: everything that carries no algorithm. Reading the scripts does not need this file.
 
-Sections: run set-up · rollouts and the flat row · log-probabilities and values · sampling · Triton kernels ·
-models and tokenizers · torch.compile and processes · the built-in model and task · prompts · built-in rewards · reward functions · evaluation ·
-micro-batches and optimiser steps · statistics · checkpoints
+Sections: run set-up · rollouts and the flat row · log-probabilities and values · sampling · Triton kernels · models and
+tokenizers · torch.compile and processes · the built-in model and task · prompts · built-in rewards · reward functions ·
+evaluation · micro-batches and optimiser steps · statistics · checkpoints
 """
 
 import argparse
