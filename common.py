@@ -1525,7 +1525,7 @@ class Sampler:
 
     Each prompt is prefilled once and its keys and values are copied to the rows of its group. Rows that have finished
     leave the batch and the last live ones move into their places: on a CPU at once; on a GPU by halves, where a step is
-    a CUDA graph of static shape (rows by halves, columns by 128). A token is found by inverting the cumulative
+    a CUDA graph of static shape. A token is found by inverting the cumulative
     distribution at a number drawn beforehand for its sequence and position, so what is sampled does not depend on the
     batch it is sampled in. Nothing but `temperature` shapes the distribution.
     """
