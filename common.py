@@ -1747,9 +1747,16 @@ def is_recent_nvidia(device) -> bool:
 
 @functools.cache
 def can_run_kernels(device) -> bool:
-    """Whether Triton is there, and the C compiler that it needs at run time. Without them plain PyTorch does the same."""
-    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
-    return triton is not None and is_recent_nvidia(device) and any(shutil.which(name) for name in compilers)
+    """Whether Triton can build kernels there, for which it needs a C compiler and Python's headers: found out by building one.
+    Without them plain PyTorch does the same."""
+    if triton is None or not is_recent_nvidia(device):
+        return False
+    try:
+        sums_of_logits(torch.zeros(1, 64, device=device))
+    except Exception as error:  # whatever a compiler or a driver may raise
+        print_line(f"warning: Triton builds no kernels here, so a step takes longer ({one_line(error)})")
+        return False
+    return True
 
 
 def sums_of_logits(logits):

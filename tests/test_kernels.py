@@ -83,3 +83,21 @@ def test_rows_that_leave_and_rollouts_that_follow_change_nothing(device, monkeyp
         assert first_cache is None or sampler.cache is first_cache
         assert first_cache or sampler.cache.live == 16
         first_cache = sampler.cache
+
+
+def test_where_no_kernel_can_be_built_plain_pytorch_takes_over(device, monkeypatch, capsys):
+    """As without Python's headers: one line says so, once."""
+    monkeypatch.undo()
+    monkeypatch.setattr(common, "is_recent_nvidia", lambda device: True)
+    common.can_run_kernels.cache_clear()
+    assert common.can_run_kernels(device)
+    common.can_run_kernels.cache_clear()
+
+    def fails(logits):
+        raise RuntimeError("fatal error:\nPython.h: No such file or directory")
+
+    monkeypatch.setattr(common, "sums_of_logits", fails)
+    assert not common.can_run_kernels(device) and not common.can_run_kernels(device)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "Triton builds no kernels here" in said and "Python.h" in said
+    common.can_run_kernels.cache_clear()
