@@ -1112,15 +1112,15 @@ class HeadLogprobs(torch.autograd.Function):
             column, inside = HeadLogprobs.within(block, targets)
             chosen = torch.where(inside, z.gather(1, column), chosen)
             if has_kernels:
-                total, mean = sums_of_logits(z)
-                totals.append(total), means.append(mean)
-                continue
-            highest = z.amax(dim=-1, keepdim=True)
-            weights = torch.exp(z.sub_(highest), out=other[: z.numel()].view_as(z))
-            total = weights.sum(dim=-1, keepdim=True)
-            totals.append(highest + total.log())
-            if with_entropy:  # the mean logit; nothing reads the logits after it
-                means.append(highest + z.mul_(weights).sum(dim=-1, keepdim=True) / total)
+                log_total, mean = sums_of_logits(z)
+            else:
+                highest = z.amax(dim=-1, keepdim=True)
+                weights = torch.exp(z.sub_(highest), out=other[: z.numel()].view_as(z))
+                total = weights.sum(dim=-1, keepdim=True)
+                log_total, mean = highest + total.log(), None
+                if with_entropy:  # the mean logit; nothing reads the logits after it
+                    mean = highest + z.mul_(weights).sum(dim=-1, keepdim=True) / total
+            totals.append(log_total), means.append(mean)
         totals = torch.cat(totals, dim=1)  # (n, blocks)
         log_z = totals.logsumexp(dim=1, keepdim=True)
         shares = (totals - log_z).exp()  # of the blocks in the distribution
