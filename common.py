@@ -8,6 +8,7 @@ evaluation · micro-batches and optimiser steps · statistics · checkpoints
 import argparse
 import ast
 import asyncio
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -207,6 +208,11 @@ def check_args(args):
         (at_least, above, at_most), by_model = metadata["bounds"], metadata["by_model"]
         if getattr(args, f.name) is None and by_model != (None, None):
             setattr(args, f.name, by_model[args.model != "tiny"])
+        value = getattr(args, f.name)
+        if isinstance(value, os.PathLike):  # from Python
+            setattr(args, f.name, os.fspath(value))
+        elif isinstance(value, str) and callable(f.default_factory):
+            setattr(args, f.name, [value])
         given, name = getattr(args, f.name), "--" + f.name.replace("_", "-")
         for value in given if isinstance(given, list) else [given]:
             if value == "" and f.name != "system_prompt":
@@ -232,8 +238,9 @@ def run_script(main, Args):
     transformers.logging.disable_progress_bar()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
-    script, status, store = Path(inspect.getfile(Args)).name, 0, join_processes()
+    script, status, store = Path(inspect.getfile(Args)).name, 0, None
     try:
+        store = join_processes()
         status = main(parse_args(Args))
     except (UserError, torch.cuda.OutOfMemoryError) as error:
         text = " ".join(str(error).split())
@@ -250,7 +257,9 @@ def run_script(main, Args):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if store is not None:  # the thread that watches it may wake up while Python shuts down, which aborts the process
+    # The thread that watches the store may wake up while Python shuts down, which aborts the process; and after an error
+    # Python would wait for threads that a reward function has left behind.
+    if store is not None or (status == 2 and not all(t.daemon for t in threading.enumerate()[1:])):
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
@@ -262,7 +271,8 @@ def join_processes():
         return None
     # gloo, and nccl for tensors on GPUs. A day, since the others wait while one writes a checkpoint or scores its answers;
     # a process that dies is noticed by torchrun and by the thread below.
-    dist.init_process_group(timeout=timedelta(days=1))
+    with explained_as("WORLD_SIZE is set, but not all that torchrun sets beside it", ValueError):
+        dist.init_process_group(timeout=timedelta(days=1))
     store = dist.distributed_c10d._get_default_store()
 
     def watch(connection):
@@ -357,7 +367,8 @@ class Run:
         # first tensor of the process.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         self.script = Path(inspect.getfile(type(args))).stem  # a copy runs, and resumes, under its own name
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
         self.device = self.choose_device(args.device)
         self.compute_dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
         if args.resume:
@@ -751,7 +762,7 @@ def flat_row_attention(module, query, key, value, attention_mask, scaling=None, 
     window_of_module = getattr(module, "sliding_window", None)  # some families leave it to the mask, which is not used here
     has_more = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     if layout is None or has_more or (window_of_module and sliding_window is None):
-        raise UserError(f"--model: the attention of {type(module).__name__} is of a kind that this project does not run")
+        raise UserError(f"the attention of {type(module).__name__} is of a kind that this project does not run")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Rotary positions leave query and key in float32 under autocast; the cache and the kernels want the compute dtype.
     query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (n, heads, D)
@@ -1470,14 +1481,11 @@ def draw(logits, uniform):
     blocks of tokens, then within one: a running sum over the whole vocabulary is slow on a GPU, and rounds.
     """
     blocks = vocabulary_blocks(logits)
-    within = blocks.log_softmax(dim=-1)  # of each token in its block; a GPU reads and writes the logits once for it
-    highest = blocks.amax(dim=-1)
-    totals = torch.where(highest.isinf(), highest, highest - within.amax(dim=-1))  # logs of the blocks' sums
-    among = totals.log_softmax(dim=-1)
+    among = log_sum_exp(blocks).log_softmax(dim=-1)
     block, rest = invert(among.exp(), uniform[:, None])
-    chosen = of_block(within, block)
-    token, _ = invert(chosen.exp(), rest)
-    return (block * blocks.shape[2] + token)[:, 0], (among.gather(1, block) + chosen.gather(1, token))[:, 0]
+    within = of_block(blocks, block).log_softmax(dim=-1)
+    token, _ = invert(within.exp(), rest)
+    return (block * blocks.shape[2] + token)[:, 0], (among.gather(1, block) + within.gather(1, token))[:, 0]
 
 
 def draw_with_entropy(logits, uniform):
@@ -1497,6 +1505,13 @@ def draw_with_entropy(logits, uniform):
         logprob = z.gather(1, token)[:, 0] - total.log()
         parts.append((token[:, 0], logprob, total.log() - weights.mul_(z).sum(dim=-1) / total))
     return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def log_sum_exp(logits):
+    """The log of the sum of the exponentials over the last dimension, reading the logits once where a kernel can be built."""
+    if torch.compiler.is_compiling() or not can_run_kernels(logits.device):  # torch.compile builds one of its own
+        return logits.logsumexp(dim=-1)
+    return sums_of_logits(logits.flatten(0, -2))[0].view(logits.shape[:-1])
 
 
 def vocabulary_blocks(table):
@@ -1523,11 +1538,11 @@ def invert(weights, share):
 class Sampler:
     """Samples completions from a model, without `generate` and so without its inherited defaults.
 
-    Each prompt is prefilled once and its keys and values are copied to the rows of its group. Rows that have finished
-    leave the batch and the last live ones move into their places: on a CPU at once; on a GPU by halves, where a step is
-    a CUDA graph of static shape. A token is found by inverting the cumulative
-    distribution at a number drawn beforehand for its sequence and position, so what is sampled does not depend on the
-    batch it is sampled in. Nothing but `temperature` shapes the distribution.
+    Each prompt is prefilled once, and the rows of its group attend to its keys and values: to copies (`DecodeLayout`), or
+    all to the same (`SharedPromptLayout`). Rows that have finished leave the batch and the last live ones move into their
+    places: on a CPU at once; on a GPU by halves, where a step is a CUDA graph of static shape. A token is found by inverting
+    the cumulative distribution at a number drawn beforehand for its sequence and position, so what is sampled does not
+    depend on the batch it is sampled in. Nothing but `temperature` shapes the distribution.
     """
 
     def __init__(self, policy, end_ids, temperature, max_new_tokens, compute_dtype=torch.float32, own_copy=False):
@@ -1632,7 +1647,7 @@ class Sampler:
         cell, finished = self.cell[live], self.finished[live]
         if greedy:
             tokens = logits.argmax(dim=-1)
-            logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+            logprobs = logits.gather(1, tokens[:, None])[:, 0] - log_sum_exp(logits)
         else:
             uniforms = self.uniforms.view(-1).index_select(0, cell)
             if self.is_exact:  # the trainer may take over what is seen here
@@ -1761,8 +1776,9 @@ def can_run_kernels(device) -> bool:
 
 def sums_of_logits(logits):
     """For logits (n, columns): the logs of the sums of their exponentials and their means under the softmax, both (n, 1)."""
-    log_totals, means = logits.new_empty(len(logits), 1), logits.new_empty(len(logits), 1)
-    log_sums[(len(logits),)](logits, log_totals, means, logits.shape[1], BLOCK=4096, num_warps=8)
+    (n, columns), block = logits.shape, min(max(triton.next_power_of_2(logits.shape[1]), 16), 4096)
+    log_totals, means, rows = logits.new_empty(n, 1), logits.new_empty(n, 1), 4096 // block  # of a program
+    log_sums[(triton.cdiv(n, rows),)](logits, log_totals, means, n, columns, ROWS=rows, BLOCK=block, num_warps=8)
     return log_totals, means
 
 
@@ -1874,21 +1890,23 @@ if triton is not None:
         tl.store(out + (row * heads + head)[:, None] * VALUE_DIM + e[None, :], weighted / total[:, None], mask=is_number)
 
     @triton.jit
-    def log_sums(logits, log_totals, means, columns, BLOCK: tl.constexpr):
-        """A program for each row of logits: the log of the sum of their exponentials, and their mean under the softmax."""
-        row = tl.program_id(0).to(tl.int64)
-        highest, total, mean = -1e30, 0.0, 0.0  # the mean of what the logits are above the highest, times the total
+    def log_sums(logits, log_totals, means, n, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """A program for some rows of logits: the log of the sum of their exponentials, and their mean under the softmax."""
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        highest, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+        mean = tl.zeros([ROWS], tl.float32)  # of what the logits are above the highest, times the total
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + row * columns + column, mask=column < columns, other=float("-inf"))
-            new = tl.maximum(highest, tl.max(z, 0))
-            weights = tl.exp(z - new)
-            decay = tl.exp(highest - new)
-            mean = decay * (mean + (highest - new) * total) + tl.sum(tl.where(weights > 0, weights * (z - new), 0.0), 0)
-            total = total * decay + tl.sum(weights, 0)
+            is_there = (row < n)[:, None] & (column < columns)[None, :]
+            z = tl.load(logits + row[:, None] * columns + column[None, :], mask=is_there, other=float("-inf"))
+            new = tl.maximum(highest, tl.max(z, 1))
+            above = z - new[:, None]
+            weights, decay = tl.exp(above), tl.exp(highest - new)
+            mean = decay * (mean + (highest - new) * total) + tl.sum(tl.where(weights > 0, weights * above, 0.0), 1)
+            total = total * decay + tl.sum(weights, 1)
             highest = new
-        tl.store(log_totals + row, highest + tl.log(total))
-        tl.store(means + row, highest + mean / total)
+        tl.store(log_totals + row, highest + tl.log(total), mask=row < n)
+        tl.store(means + row, highest + mean / total, mask=row < n)
 
     @triton.jit
     def logit_gradients(
@@ -1968,7 +1986,10 @@ def load_pretrained(auto_class, name, flag_name, args, **options):
 
 
 def load_tokenizer(name, flag_name, args):
-    return load_pretrained(AutoTokenizer, name, flag_name, args)
+    tokenizer = load_pretrained(AutoTokenizer, name, flag_name, args)
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):  # transformers makes one of nothing
+        raise UserError(f"{flag_name} {name}: its tokenizer knows no tokens; is its tokenizer.json there?")
+    return tokenizer
 
 
 def load_config(name, flag_name, args):
@@ -1980,11 +2001,14 @@ def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention
     config = load_config(name, flag_name, args)
     model, report = load_pretrained(
         auto_class, name, flag_name, args, config=without_noise(config), dtype=dtype, attn_implementation=attention,
-        use_safetensors=True, output_loading_info=True,
+        use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
+    for weight, there, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(f"{flag_name} {name}: its {weight} is {tuple(there)} in the file, but {tuple(wanted)} by its config.json")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{flag_name} {name}: weights of a {type(model).__name__} are missing: {', '.join(missing[:3])}")
     model.config_to_save = config
+    model.get_input_embeddings().padding_idx = None  # the pad, where a flat row has one, is a token like any other and learns
     return without_dropout(model)
 
 
@@ -2050,6 +2074,8 @@ def load_critic(args, run, policy) -> Critic:
             raise UserError(
                 f"--critic-model {args.critic_model}: its vocabulary is smaller than the policy's; take one of its tokens"
             )
+        name = f"--critic-model {args.critic_model}: {type(backbone).__name__}"
+        check_flat_row(run, backbone.to(run.device), name)
         if args.gradient_checkpointing:
             checkpoint_layers(backbone)
     return Critic(backbone).to(run.device)
@@ -2087,6 +2113,9 @@ def check_model(run, model, sampler, tokenizer):
     Raises UserError for a model family that this project cannot run, or to which it gives other log-probs than transformers.
     """
     name = f"--model {run.args.model}: {type(model).__name__}"
+    check_flat_row(run, model, name)
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
+        raise UserError(f"{name} caps its logits, which this project does not run")
     with explained_as(f"{name} is of a kind that this project does not run"):
         family_gap, sampler_gap = logprob_gaps(run, model, sampler)
     if not family_gap < 1e-2:  # float32 rounds off some 1e-4 in a deep model, and a wrong family is off by far more
@@ -2101,15 +2130,59 @@ def check_model(run, model, sampler, tokenizer):
 
 
 @torch.no_grad()
+def check_flat_row(run, model, name):
+    """Raises UserError, which begins with `name`, for a transformer to which the flat row gives other hidden states than
+    transformers gives to its sequences one by one; or would give, where they are longer than a window of attention."""
+    config, windows = model.config.get_text_config(), set()
+    n = min(run.args.max_new_tokens, 4)  # of each completion
+    prompts, completions = random_prompts(run, config, n), random_prompts(run, config, n, n)
+    tokens, layout = flat_row(rollout_of(prompts, completions, run.device))
+    attend = layout.attend
+    layout.attend = lambda *args: windows.add(args[-1]) or attend(*args)
+    try:
+        with explained_as(f"{name} is of a kind that this project does not run"):
+            ours, theirs = flat_forward(model, tokens, layout.positions, layout).index_select(0, layout.predictors), []
+            with transformers_attention(model):
+                for prompt, completion in zip(prompts, completions):
+                    ids = torch.tensor([prompt + completion[:-1]], device=run.device)
+                    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                    theirs.append(states[0, len(prompt) - 1 :])
+            gap = float((ours - torch.cat(theirs)).norm() / ours.norm())
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
+    if not gap < 1e-3:
+        raise UserError(f"{name} is of a kind that this project does not run: its hidden states differ by {gap:.2g} of their norm")
+    # A window that a family leaves to its masks, which are not used here, is seen by no sequence as short as these.
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ["sliding_attention"]
+    is_used = window and window < run.args.max_prompt_tokens + run.args.max_new_tokens and "sliding_attention" in kinds
+    if is_used and windows == {None}:
+        raise UserError(f"{name} has a window of {window} tokens of a kind that this project does not run")
+
+
+def random_prompts(run, config, room_after: int, length: int | None = None) -> list[list[int]]:
+    """Two of random tokens, of different lengths, after which a model has positions for so many tokens more; or of one length."""
+    room = (positions_of(config) or math.inf) - room_after
+    return [(run.uniforms(0, 3, length or min(n, room)) * config.vocab_size).long().tolist() for n in (5, 9)]
+
+
+@contextlib.contextmanager
+def transformers_attention(model):
+    """In the block attention is transformers' own, in float32 without any kernel."""
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("flat_row")
+
+
+@torch.no_grad()
 def logprob_gaps(run, model, sampler) -> tuple[float, float]:
     """Largest difference in log-prob of this project and transformers, both in float32, and of sampler and trainer.
 
     Comes before `shard`: sharded layers compute in --dtype always, and only float32 tells a wrong family from rounding.
     """
-    config, temperature, C = model.config.get_text_config(), sampler.temperature, min(sampler.C, 16)  # enough to tell
-    room = positions_of(config) or math.inf
-    prompts = [(run.uniforms(0, 3, min(n, room - C)) * config.vocab_size).long().tolist() for n in (5, 9)]
-    uniforms = run.uniforms(0, 4, 4, C)
+    temperature, C = sampler.temperature, min(sampler.C, 16)  # enough to tell
+    prompts, uniforms = random_prompts(run, model.config.get_text_config(), C), run.uniforms(0, 4, 4, C)
     sampler = copy.copy(sampler)  # its tables are made anew
     sampler.C = C
     rollout = sampler.sample(prompts, 2, uniforms)
@@ -2120,15 +2193,12 @@ def logprob_gaps(run, model, sampler) -> tuple[float, float]:
         rollout = Sampler(model, set(sampler.end_ids.tolist()), temperature, C).sample(prompts, 2, uniforms)
     ours = completion_logprobs(model, rollout, temperature)
     theirs = torch.zeros_like(ours)
-    model.set_attn_implementation("eager")
-    try:
+    with transformers_attention(model):
         for b, n in enumerate(rollout.lengths.tolist()):
             prompt = prompts[b // 2]
             ids = torch.tensor([prompt + rollout.completion_ids[b, :n].tolist()], device=run.device)
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
             theirs[b, :n] = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-    finally:
-        model.set_attn_implementation("flat_row")
     gaps = [(x - theirs).abs().max() for x in (ours, rollout.sampler_logprobs)]
     return float(torch.stack(gaps).max()), float(sampler_gap)
 
@@ -2570,7 +2640,7 @@ def held_out_split(rows: list[dict], count: int, seed: int) -> tuple[list[dict],
 def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward") -> tuple[list[dict], list[dict]]:
     """Rows to train on and rows to evaluate on, checked against what the reward functions need.
 
-    Never the same ones, unless there are fewer than 10 and no --eval-dataset.
+    Never the same ones, unless --eval-dataset has them too, or without it there are fewer than 10.
     """
     train_rows = load_rows(args.dataset, "train", args.prompt_column, args.answer_column)
     if args.eval_dataset or args.dataset in ("addition", "gsm8k"):
@@ -2621,21 +2691,21 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
         run.warn(f"{dropped + eval_dropped} prompts longer than --max-prompt-tokens {args.max_prompt_tokens} were dropped")
     if train_rows[: len(eval_rows)] == eval_rows:
         run.warn(f"with {len(train_rows)} prompts none are held out: evaluation is on training prompts")
-    check_model_takes(train + evaluation, args, config.get_text_config())
+    check_model_takes(train + evaluation, args, config, f"--model {args.model}")
     return train, evaluation
 
 
-def check_model_takes(prompts: list[Prompt], args, config):
-    """Raises UserError for tokens that --model does not have, and for more tokens than it has positions for."""
+def check_model_takes(prompts: list[Prompt], args, config, name: str):
+    """Raises UserError for tokens that the model `name` does not have, and for more tokens than it has positions for."""
+    config = config.get_text_config()
     largest, longest = max(max(prompt.ids) for prompt in prompts), max(len(prompt.ids) for prompt in prompts)
     if largest >= config.vocab_size:
-        what = f"its tokenizer gives token {largest}, and the model has only {config.vocab_size}"
-        raise UserError(f"--model {args.model}: {what}: they do not belong together")
+        what = f"the tokenizer gives token {largest}, and the model has only {config.vocab_size}"
+        raise UserError(f"{name}: {what}: they do not belong together")
     room = positions_of(config)
     if room and longest + args.max_new_tokens > room:
-        raise UserError(
-            f"--max-new-tokens {args.max_new_tokens}: with a prompt of {longest} more than the model's {room} positions"
-        )
+        what = f"with a prompt of {longest} more than the {room} positions of {name}"
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: {what}")
 
 
 class PromptStream:
@@ -2648,6 +2718,15 @@ class PromptStream:
     def __init__(self, prompts: list[Prompt], seed: int):
         self.prompts, self.seed, self.position = prompts, seed, 0
         self._epoch, self._order = -1, []
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the prompts and their columns, to tell a resumed run that they are other ones."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            row = json.dumps([prompt.ids, prompt.columns], default=lambda other: type(other).__name__, skipkeys=True)
+            digest.update(row.encode())
+        return digest.hexdigest()
 
     def next(self, n: int) -> list[Prompt]:
         """The next n prompts; what an epoch lacks comes from the next one."""
@@ -3141,7 +3220,7 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
     try:
         with left_as_found(), time_limit(timeout):
             result = reward.function(**inputs)
-            return event_loop().run_until_complete(result) if inspect.isawaitable(result) else result
+            return result_of(result) if inspect.isawaitable(result) else result
     except RewardTimeout:
         raise UserError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} seconds") from None
     except UserError:
@@ -3155,20 +3234,30 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
 
 @contextlib.contextmanager
 def left_as_found():
-    """Puts back what a reward file may change for the whole process: the working folder, and torch's grad mode."""
-    folder, has_gradients = os.open(".", os.O_RDONLY), torch.is_grad_enabled()
+    """Puts back what a reward file may change for the whole process: working folder, and torch's grad mode and default dtype."""
+    folder, has_gradients, dtype = os.open(".", os.O_RDONLY), torch.is_grad_enabled(), torch.get_default_dtype()
     try:
         yield
     finally:
         os.fchdir(folder)
         os.close(folder)
-        torch.set_grad_enabled(has_gradients)
+        torch.set_grad_enabled(has_gradients), torch.set_default_dtype(dtype)
 
 
 @functools.cache
 def event_loop():
     """One for the whole run, since a reward file's semaphores, locks and clients stay with the loop that first used them."""
     return asyncio.new_event_loop()
+
+
+def result_of(awaitable) -> Any:
+    """What it gives in the end; where a loop runs in this thread already, as in a notebook, by way of another thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return event_loop().run_until_complete(awaitable)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(event_loop().run_until_complete, awaitable).result()
 
 
 def copied(value: Any) -> Any:
@@ -3252,6 +3341,8 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
     reward does not apply (None) are left out, and a prompt of which fewer than k remain does not count in pass@k.
     """
     n, means, mine = run.args.eval_samples, Means(), prompts[run.rank :: run.world]
+    random_states = get_random_states()  # how often a run evaluates must not change what its rewards draw in training
+    all_uniforms = run.uniforms(0, 5, len(prompts), n, sampler.C)[run.rank :: run.world] if n else None
 
     def judged(some, copies, uniforms):  # for each prompt, which of its completions are right
         rollout = sampler.sample([prompt.ids for prompt in some], copies, uniforms)
@@ -3270,11 +3361,11 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
             if prompt.columns.get("level") is not None and len(right):
                 means.add(f"eval/accuracy_{prompt.columns['level']}", right)
         if n:
-            uniforms = run.uniforms(start * run.world + run.rank, 5, len(some) * n, sampler.C)
-            for right in judged(some, n, uniforms):
+            for right in judged(some, n, all_uniforms[start : start + size].flatten(0, 1)):
                 for k in sorted({n} | {2**i for i in range(n.bit_length())}):
                     if k <= len(right):
                         means.add(f"eval/pass@{k}", pass_at_k(len(right), int(right.sum()), k))
+    set_random_states(random_states)
     metrics = means.reduce(run)
     if math.isnan(metrics["eval/accuracy"]):
         run.warn_once(f"{reward.name} gives None to all evaluation prompts, so no accuracy is known; look at --eval-reward")
@@ -3433,7 +3524,7 @@ class Means:
         self.sums = defaultdict(lambda: 0.0)  # name -> (sum, count)
 
     def add(self, name: str, x, mask: Tensor | None = None):
-        """Count the numbers x (those under the mask, of the same shape), each with the same weight."""
+        """Count the numbers x (those under the mask, to whose shape x is expanded), each with the same weight."""
         x = torch.as_tensor(x, dtype=torch.float32).detach()
         mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
         self.sums[name] = self.sums[name] + torch.stack([torch.where(mask, x, 0.0).sum(), mask.sum()])
@@ -3447,7 +3538,7 @@ class Means:
 
 
 def mean_and_variance(run, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sample variance of x (B, C) over the mask in all processes."""
+    """Mean and sample variance of x, (B,) or (B, C), over a mask of the same shape in all processes."""
     count, total = run.sum(mask.sum(), torch.where(mask, x, 0.0).sum())
     mean = total / max(count, 1)
     squares = run.sum(torch.where(mask, x - mean, 0.0).square().sum())[0]
@@ -3531,11 +3622,14 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
 # =============================================================================
 
 
-def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[str, Any]):
-    """Write `checkpoints/step-…` of the run's folder. Models as safetensors, the rest as state.pt."""
+def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[str, Any], random_states: tuple | None = None):
+    """Write `checkpoints/step-…` of the run's folder. Models as safetensors, the rest as state.pt.
+
+    random_states: of this process, those of now by default.
+    """
     weights = {name: gathered(run, weights_of(model)) for name, model in models.items()}
     moments = {i: gathered(run, tensors) for i, tensors in optimizer.state_dict()["state"].items()}
-    random_states = run.gather((random.getstate(), torch.get_rng_state(), numpy_random_state()))  # for reward functions
+    all_random_states = run.gather(random_states or get_random_states())
     if run.rank > 0:
         return
     folder = run.folder / "checkpoints" / f"step-{state['step']:06}"
@@ -3543,7 +3637,7 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
         for name, tensors in weights.items():
             safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
         saved = {"state": state, "optimizer": optimizer.state_dict() | {"state": moments}}
-        torch.save(saved | {"random_states": random_states, "script": run.script}, partial / "state.pt")
+        torch.save(saved | {"random_states": all_random_states, "script": run.script}, partial / "state.pt")
         digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
     # Newer ones than this were damaged when the run was resumed: they do not count.
@@ -3558,6 +3652,7 @@ def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dic
     """If the block raises a UserError, in whichever process, the steps done so far are saved first. For any part of a step
     but its update; with several processes the block's only collectives are `run.gather` and what asks it.
     """
+    random_states = get_random_states()  # the block begins anew when the run goes on
     try:
         try:
             yield
@@ -3570,15 +3665,20 @@ def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dic
         run.close()
         if state["step"] == 0:
             raise
-        save_checkpoint(run, models, optimizer, state)
+        save_checkpoint(run, models, optimizer, state, random_states)
         run.gather(None)  # the first process to end with an error ends the others, so none may while one still writes
         raise UserError(f"{error}; the steps before are saved; {run.to_go_on()}") from error
 
 
-def numpy_random_state():
-    """As plain numbers, which torch.load takes with weights_only."""
+def get_random_states() -> tuple:
+    """Of Python, torch and numpy, from which only reward functions draw, in what torch.load takes with weights_only."""
     name, keys, *rest = numpy.random.get_state()
-    return (name, keys.tolist(), *rest)
+    return random.getstate(), torch.get_rng_state(), (name, keys.tolist(), *rest)
+
+
+def set_random_states(states: tuple):
+    python, torchs, numpys = states
+    random.setstate(python), torch.set_rng_state(torchs), numpy.random.set_state(numpys)
 
 
 @contextlib.contextmanager
@@ -3642,13 +3742,14 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=run.world > 1)
         if saved["script"] != run.script:
             run.warn(f"this run was begun by {saved['script']}.py and goes on with {run.script}.py")
-        python, torchs, numpys = saved["random_states"][run.rank % len(saved["random_states"])]
-        random.setstate(python), torch.set_rng_state(torchs), numpy.random.set_state(numpys)
+        set_random_states(saved["random_states"][run.rank % len(saved["random_states"])])
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for i, moments in saved["optimizer"]["state"].items():
             moments |= {name: placed(x, parameters[i]) for name, x in moments.items() if x.dim()}
         optimizer.load_state_dict(saved["optimizer"])
         prompts.position = saved["state"]["position"]
+    if saved["state"].get("prompts", prompts.digest) != prompts.digest:
+        run.warn(f"--dataset {run.args.dataset}: its prompts are not those that the run was started with; going on with the new ones")
     run.say(f"resuming after step {saved['state']['step']} from {folder}")
     return saved["state"]
 

@@ -25,7 +25,7 @@ Column t of every (B, C) tensor is completion token t.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Args:
     eval_dataset: str | None = flag(help="as --dataset, for evaluation (default: a held-out part of the dataset)")
     prompt_column: str = flag("prompt", "column of the prompt, a text or a chat")
     answer_column: str = flag("answer", "column that the built-in rewards compare with")
-    system_prompt: str | None = flag(help="put before every prompt, through the chat template")
+    system_prompt: str | None = flag(help="put before every prompt, through the chat template (default: none, but for gsm8k)")
     trust_remote_code: bool = flag(False, "let a hub model run its own code on this machine")
     # Reward
     reward: list[str] = flag(
@@ -116,17 +116,16 @@ LOSS_DEFAULTS = {  # clip_low, clip_high, scale_rewards: as the paper of each ha
 }
 
 
-def fill_in_defaults_of_loss(args: Args) -> dict[str, float | bool]:
-    """Set what --loss decides where no flag does, and return it."""
+def with_defaults_of_loss(args: Args) -> tuple[Args, dict[str, float | bool]]:
+    """The arguments with what --loss decides where no flag does, and what that is."""
     defaults = dict(zip(("clip_low", "clip_high", "scale_rewards"), LOSS_DEFAULTS[args.loss]))
     defaults["scale_rewards"] &= args.advantage != "rloo"
     defaults = {name: value for name, value in defaults.items() if getattr(args, name) is None}
-    vars(args).update(defaults)
-    return defaults
+    return replace(args, **defaults), defaults
 
 
 def check_flags(args: Args):
-    """Refuses flags that would do nothing, or would cost every completion a penalty."""
+    """Refuses flags that contradict each other, or would cost every completion a penalty."""
     if args.advantage == "rloo" and args.scale_rewards:
         raise common.UserError("--scale-rewards: --advantage rloo divides by no spread")
     if args.advantage == "batch" and not args.scale_rewards:
@@ -187,7 +186,7 @@ def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, per_seque
 
 
 def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), eq. 7 of arXiv:1707.06347: (B, C)."""
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), eq. 7 of arXiv:1707.06347: of the shape of rho and A together."""
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
@@ -253,7 +252,7 @@ def process_advantages(step_rewards: Tensor, group_size: int, step_ends: Tensor 
 
 def main(args: Args) -> int:
     # ---- Set-up: what can be wrong without a model is found before one loads ----
-    defaults = fill_in_defaults_of_loss(args)
+    args, defaults = with_defaults_of_loss(args)
     check_flags(args)
     run = common.Run(args)
     G = args.group_size
@@ -278,10 +277,12 @@ def main(args: Args) -> int:
     if args.compile:
         common.compile_layers(policy, reference, sampler.model)
     run.open_folder(state["step"])
-    if not args.resume:
-        metrics = common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
-        run.log(0, metrics)
-        state["accuracy_before"] = metrics["eval/accuracy"]
+    if not args.resume or "unlogged" in state:  # before the first step, and after one whose evaluation has failed
+        sampler.refresh(policy)
+        metrics = state.pop("unlogged", {}) | common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
+        run.log(state["step"], metrics)
+        state["accuracy"] = metrics["eval/accuracy"]
+        state.setdefault("accuracy_before", state["accuracy"])
 
     for step in run.steps(state["step"] + 1):
         means = common.Means()
@@ -383,10 +384,10 @@ def main(args: Args) -> int:
         metrics |= {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr_share * args.learning_rate}
         if args.dynamic_sampling:
             metrics["reward/resampled_groups"] = run.sum(resampled)[0]
-        state |= {"step": step, "position": prompts.position}  # a resumed run goes on from here
+        state |= {"step": step, "position": prompts.position, "prompts": prompts.digest}  # a resumed run goes on from here
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
-            with common.checkpoint_on_error(run, models, optimizer, state):
+            with common.checkpoint_on_error(run, models, optimizer, state | {"unlogged": metrics}):
                 metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
         run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)

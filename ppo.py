@@ -41,7 +41,7 @@ class Args:
     eval_dataset: str | None = flag(help="as --dataset, for evaluation (default: a held-out part of the dataset)")
     prompt_column: str = flag("prompt", "column of the prompt, a text or a chat")
     answer_column: str = flag("answer", "column that the built-in rewards compare with")
-    system_prompt: str | None = flag(help="put before every prompt, through the chat template")
+    system_prompt: str | None = flag(help="put before every prompt, through the chat template (default: none, but for gsm8k)")
     trust_remote_code: bool = flag(False, "let a hub model run its own code on this machine")
     # Reward
     reward: list[str] = flag(
@@ -144,8 +144,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(x: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """(x - mean) / sqrt(variance + 1e-8) under the mask, 0 elsewhere."""
-    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+    """(x - mean) / sqrt(variance + 1e-8) under the mask, 0 elsewhere and where all x are equal."""
+    differs = variance > (1e-6 * mean).square()  # else equal but for rounding, which would be blown up
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * differs * mask
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -217,8 +218,9 @@ def main(args: Args) -> int:
     tokenizer, config = common.load_tokenizer_and_config(args)
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     prompts = common.PromptStream(train_prompts, args.seed)  # every epoch in a new random order
-    if args.critic_model:
-        common.load_config(args.critic_model, "--critic-model", args)  # a wrong one is told before the policy loads
+    if args.critic_model:  # a wrong one is told before the policy loads
+        critic_config = common.load_config(args.critic_model, "--critic-model", args)
+        common.check_model_takes(train_prompts + eval_prompts, args, critic_config, f"--critic-model {args.critic_model}")
     policy, end_ids = common.load_policy(args, run, tokenizer)
     # What changes the model's layers belongs here: the reference and, in bfloat16, the sampler are copies of it.
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
@@ -235,10 +237,12 @@ def main(args: Args) -> int:
     if args.compile:
         common.compile_layers(policy, reference, sampler.model, critic)
     run.open_folder(state["step"])
-    if not args.resume:
-        metrics = common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
-        run.log(0, metrics)
-        state["accuracy_before"] = metrics["eval/accuracy"]
+    if not args.resume or "unlogged" in state:  # before the first step, and after one whose evaluation has failed
+        sampler.refresh(policy)
+        metrics = state.pop("unlogged", {}) | common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
+        run.log(state["step"], metrics)
+        state["accuracy"] = metrics["eval/accuracy"]
+        state.setdefault("accuracy_before", state["accuracy"])
 
     for step in run.steps(state["step"] + 1):
         means = common.Means()
@@ -339,10 +343,10 @@ def main(args: Args) -> int:
         if args.kl_target is not None and reference is not None:
             kl_seq, B = metrics["objective/kl_seq"], args.prompts_per_step * G
             state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_seq, args.kl_target, B, args.kl_horizon)
-        state |= {"step": step, "position": prompts.position}  # a resumed run goes on from here
+        state |= {"step": step, "position": prompts.position, "prompts": prompts.digest}  # a resumed run goes on from here
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
-            with common.checkpoint_on_error(run, models, optimizer, state):
+            with common.checkpoint_on_error(run, models, optimizer, state | {"unlogged": metrics}):
                 metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
         run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)

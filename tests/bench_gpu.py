@@ -4,7 +4,7 @@
     python tests/bench_gpu.py --only machine checks          # parts by name
     python tests/bench_gpu.py --dry-run                      # everything at toy sizes on a CPU, to test this script
 
-Parts, in order: `machine` measures the rate of a large bfloat16 matrix product and the bandwidth of a large copy (bytes
+Parts, the most wanted first; what the time does not allow is named as not run. `machine` measures the rate of a large bfloat16 matrix product and the bandwidth of a large copy (bytes
 read and written). `checks` compares a small model on the GPU with float64 on the CPU, while `tests` and `tests-compiled`
 run the test suite's GPU part. `decode` counts tokens a second for the shapes of Qwen2.5 with random weights, eight rows a
 prompt, against the floor of memory traffic: weights and every row's used cache, read once a step at the copy's bandwidth.

@@ -30,6 +30,7 @@ def digits(completions, answer, completion_ids, **_):
     """Digits of the answer in the completion, and noise; writes down how many tokens this process has sampled."""
     global calls
     calls += 1
+    noise = 0.01 * (random.random() + numpy.random.rand() + torch.rand(()).item()) if os.environ.get("NOISE") else 0.0
     if act and calls == int(at) and rank == world - 1:
         for name in act.split(" and "):
             if name == "error":
@@ -37,7 +38,6 @@ def digits(completions, answer, completion_ids, **_):
             os.kill(os.getpid(), getattr(signal, name))
     with open(Path(__file__).with_name("tokens.txt"), "a") as file:
         print(rank, sum(map(len, completion_ids)), file=file)
-    noise = 0.01 * (random.random() + numpy.random.rand() + torch.rand(()).item()) if os.environ.get("NOISE") else 0.0
     return [sum(text.count(digit) for digit in want) / (1 + len(text)) + noise * i
             for i, (text, want) in enumerate(zip(completions, answer))]
 

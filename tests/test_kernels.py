@@ -53,6 +53,18 @@ def test_logprobs_entropies_and_gradients_of_the_head_are_the_plain_ones(device,
         assert float((got.detach().cpu() - want.detach()).norm() / want.detach().norm()) < 1e-5
 
 
+@pytest.mark.parametrize("vocabulary", [7, 96, 9_088, 9_101])
+def test_draw_inverts_the_cumulative_distribution(device, vocabulary):
+    """Blocks of 1, 32 and 128 tokens, more than a program has rows for; one row allows one token, another none in most blocks."""
+    logits, uniform = 3 * torch.randn(40, vocabulary), torch.rand(40)
+    logits[0, :-1] = logits[1, : vocabulary // 2] = -torch.inf
+    tokens, logprobs = (x.cpu() for x in common.draw(logits.to(device), uniform.to(device)))
+    log_p = logits.double().log_softmax(dim=1)
+    of_token, up_to_token = (x.gather(1, tokens[:, None])[:, 0] for x in (log_p, log_p.exp().cumsum(dim=1)))
+    assert ((uniform < up_to_token + 1e-5) & (uniform > up_to_token - of_token.exp() - 1e-5)).all()
+    torch.testing.assert_close(logprobs.double(), of_token, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     "family, lengths, copies",
     [("llama", (3, 7, 1, 5), 3), ("qwen3_wide", (6,), 2), ("mistral_window", (420, 130, 20), 2), ("mistral_wide_window", (2, 3), 1)],

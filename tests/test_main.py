@@ -554,6 +554,36 @@ def test_a_copied_script_may_have_plain_fields():
     assert common.parse_args(MoreArgs, common.as_flags(dataclasses.asdict(args))) == args
 
 
+def test_arguments_from_python_may_be_paths_and_single_names_and_stay_what_they_are(tiny_folder, tmp_path):
+    """So that a sweep may change --loss in between, whose defaults for the clip differ."""
+    flags = dict(model=tiny_folder, steps=1, prompts_per_step=2, max_new_tokens=4, eval_prompts=2, eval_every=0, device="cpu")
+    args = grpo.Args(**flags, dataset="addition", reward="exact", output_dir=tmp_path / "grpo")
+    assert args.model == str(tiny_folder) and args.reward == ["exact"]
+    before = dataclasses.asdict(args)
+    assert grpo.main(args) == 0 and dataclasses.asdict(args) == before
+    args.loss, args.output_dir = "dapo", str(tmp_path / "dapo")
+    assert grpo.main(args) == 0
+    clips = [json.loads((tmp_path / loss / "args.json").read_text())["clip_high"] for loss in ("grpo", "dapo")]
+    assert clips == [0.2, 0.28]
+
+
+def test_threads_that_a_reward_leaves_behind_do_not_keep_the_process(tmp_path):
+    (tmp_path / "pool.py").write_text(
+        "import time\nfrom concurrent.futures import ThreadPoolExecutor\n\ndef judge(completions, **_):\n"
+        "    with ThreadPoolExecutor(2) as pool:\n        return list(pool.map(lambda _: time.sleep(100), completions))\n"
+    )
+    flags = ["--reward", "pool.py:judge", "--reward-timeout", "1", "--eval-reward", "exact", "--eval-prompts", "2", "--output-dir", "run"]
+    process = python(ROOT / "grpo.py", *flags, cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr == "grpo.py: error: reward judge took longer than --reward-timeout 1 seconds\n"
+
+
+def test_the_number_of_processes_without_a_launcher_is_one_line(tmp_path):
+    process = python(ROOT / "grpo.py", cwd=tmp_path, WORLD_SIZE="2")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("grpo.py: error: WORLD_SIZE is set, but not all that torchrun sets beside it: ")
+
+
 def test_defaults_depend_on_the_model_and_dataset_of_tiny_is_addition():
     tiny, real = grpo.Args(), common.parse_args(grpo.Args, ["--model", "somebody/model"])
     assert (tiny.dataset, real.dataset) == ("addition", "gsm8k")

@@ -309,7 +309,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, texts, reward_file):
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["de"])  # token 29 of a model that has 29
     tokenizer.save_pretrained(model)
-    with pytest.raises(common.UserError, match="--model .* its tokenizer gives token 29, and the model has only 29"):
+    with pytest.raises(common.UserError, match="--model .* the tokenizer gives token 29, and the model has only 29"):
         train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b")
 
 
@@ -321,6 +321,50 @@ def test_families_that_the_flat_row_cannot_run_are_named(tmp_path, texts, reward
         save_tokenizer(tmp_path / "model", eos_token="<end>")
         with pytest.raises(common.UserError, match=f"--model .*{said}.* this project does not run"):
             train(grpo, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
+
+
+def test_what_short_sequences_do_not_show_is_refused(tmp_path, texts, reward_file):
+    """A window that stands in the family's masks only; a cap that hardly bends the logits of small weights."""
+    phimoe = transformers.PhimoeConfig(**helpers.SIZES, **helpers.GQA, **helpers.EXPERTS, num_local_experts=4, sliding_window=12)
+    capped = transformers.Gemma3TextConfig(**helpers.SIZES, **helpers.GQA, head_dim=6, final_logit_softcapping=900.0)
+    flags = ["--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b"]
+    for config, said in ((phimoe, "has a window of 12 tokens"), (capped, "caps its logits")):
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        save_tokenizer(tmp_path / "model", eos_token="<end>")
+        with pytest.raises(common.UserError, match=f"--model .*{said}.* this project does not run"):
+            train(grpo, tmp_path, *flags)
+    phimoe.sliding_window = 40  # more than any sequence has
+    transformers.AutoModelForCausalLM.from_config(phimoe).save_pretrained(tmp_path / "model")
+    train(grpo, tmp_path, *flags, "--max-prompt-tokens", 30)
+
+
+def test_critics_that_the_flat_row_cannot_run_are_named(tmp_path, texts, reward_file):
+    flags = ["--model", save_model(tmp_path / "model"), "--dataset", texts, "--reward", f"{reward_file}:many_b"]
+    sizes = {name: size for name, size in helpers.SIZES.items() if "heads" not in name}
+    mamba = transformers.MambaConfig(**sizes, state_size=4)
+    bloom = transformers.BloomConfig(vocab_size=helpers.VOCABULARY, hidden_size=16, n_layer=2, n_head=4)
+    gemma2 = transformers.Gemma2Config(**helpers.SIZES, **helpers.GQA, head_dim=6)
+    short = transformers.GPT2Config(vocab_size=helpers.VOCABULARY, n_embd=16, n_layer=2, n_head=4, n_positions=6)
+    for config, said in (
+        (mamba, "--critic-model .*MambaModel.* this project does not run"),
+        (bloom, "--critic-model .*BloomModel.* this project does not run"),
+        (gemma2, "--critic-model .*Gemma2Model: the attention of Gemma2Attention is .* this project does not run"),
+        (short, "--max-new-tokens .* more than the 6 positions of --critic-model"),
+    ):
+        transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "critic")
+        with pytest.raises(common.UserError, match=said):
+            train(ppo, tmp_path, *flags, "--critic-model", tmp_path / "critic")
+
+
+def test_folders_whose_files_do_not_fit_together_are_named(tmp_path, texts, reward_file):
+    model, flags = save_model(tmp_path / "model", "qwen2"), ["--dataset", texts, "--reward", f"{reward_file}:many_b"]
+    edit_config(model, intermediate_size=25)
+    with pytest.raises(common.UserError, match=r"--model .*: its model\.layers\.0\..* is \(.*24.*\) in the file, but \(.*25.*\) by its config"):
+        train(grpo, tmp_path, "--model", model, *flags)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path(model, name).unlink()
+    with pytest.raises(common.UserError, match="--model .*: its tokenizer knows no tokens; is its tokenizer.json there"):
+        train(grpo, tmp_path, "--model", model, *flags)
 
 
 def test_a_model_with_code_of_its_own_names_the_flag_that_runs_it(tmp_path, texts, reward_file):

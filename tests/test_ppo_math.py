@@ -83,6 +83,13 @@ def test_whitening_gives_mean_0_and_sample_variance_1_under_the_mask():
     assert got[mask].mean().item() == pytest.approx(0, abs=1e-12) and got[mask].var().item() == pytest.approx(1, abs=1e-6)
 
 
+def test_whitening_of_equal_numbers_is_0():
+    """Their mean is off by a rounding error, which a division by 1e-4 would make a signal."""
+    x, mask = torch.full((256, 37), 0.7), torch.ones(256, 37, dtype=torch.bool)
+    mean = x.mean() + 1e-7
+    assert (ppo.whiten(x, mask, mean, (x - mean).square().mean()) == 0).all()
+
+
 @pytest.mark.parametrize("eps", [0.2, math.inf])
 def test_value_loss_is_the_larger_of_clipped_and_unclipped(eps):
     _, values, old, returns = example(MASKS["full"])

@@ -109,9 +109,8 @@ def test_reward_function_that_fails_costs_no_step(script, materials, undisturbed
 
 
 @pytest.mark.parametrize("call", [4, 7])
-def test_reward_function_that_fails_in_an_evaluation_costs_no_step(call, materials, tmp_path, monkeypatch, capsys):
-    """In that after step 2, or in the last one, after which nothing is left to do."""
-    monkeypatch.setenv("NOISE", "")  # which evaluations draw, too
+def test_reward_function_that_fails_in_an_evaluation_costs_nothing(call, materials, tmp_path, monkeypatch, capsys):
+    """In that after step 2, or in the last one, after which only the evaluation is left to do."""
     assert runs.run_here("grpo", runs.arguments(materials, "grpo", tmp_path / "undisturbed", steps=4, eval_every=2)) == 0
     monkeypatch.setenv("ACT", f"error at call {call}")
     argv = runs.arguments(materials, "grpo", tmp_path / "run", steps=4, eval_every=2)
@@ -120,8 +119,28 @@ def test_reward_function_that_fails_in_an_evaluation_costs_no_step(call, materia
     assert names(tmp_path / "run" / "checkpoints") == ["step-000002" if call == 4 else "step-000004"]
     monkeypatch.delenv("ACT")
     assert runs.run_here("grpo", ["--resume", str(tmp_path / "run")]) == 0
-    assert ("eval/accuracy=nan" in capsys.readouterr().out) == (call == 7)
-    assert runs.largest_difference(tmp_path / "run", tmp_path / "undisturbed") == 0
+    assert "nan" not in capsys.readouterr().out.splitlines()[-1]
+    assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_evaluations_do_not_change_what_rewards_draw(materials, tmp_path):
+    """Else --eval-every, which may change on --resume, would change the training."""
+    for name, every in (("often", 1), ("never", 0)):
+        assert runs.run_here("ppo", runs.arguments(materials, "ppo", tmp_path / name, eval_every=every)) == 0
+    assert runs.largest_difference(tmp_path / "often", tmp_path / "never") == 0
+
+
+def test_other_prompts_than_those_the_run_began_with_are_said(stopped, materials, tmp_path, capsys):
+    """Not where only the place of the file has changed."""
+    rows = (materials / "prompts.jsonl").read_text()
+    args = json.loads((stopped / "args.json").read_text())
+    for name, text in (("moved.jsonl", rows), ("changed.jsonl", rows.replace('"level": "easy"', '"level": "light"', 1))):
+        (tmp_path / name).write_text(text)
+        (stopped / "args.json").write_text(json.dumps(args | {"dataset": str(tmp_path / name), "steps": 4}))
+        assert runs.run_here("grpo", ["--resume", str(stopped)]) == 0
+        said = f"{name}: its prompts are not those that the run was started with" in capsys.readouterr().out
+        assert said == (name == "changed.jsonl")
+        shutil.rmtree(stopped / "final")
 
 
 def test_reward_function_that_fails_in_the_first_step_leaves_no_checkpoint(materials, tmp_path, monkeypatch):

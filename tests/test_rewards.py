@@ -554,6 +554,19 @@ def test_async_functions_share_one_loop_with_what_their_file_made():
         assert run([limited, limited], ["a", "bc"]).total.tolist() == [2.0, 4.0]
 
 
+def test_async_functions_run_where_a_loop_runs_already():
+    """As in a notebook."""
+
+    async def later(completions):
+        await asyncio.sleep(0.01)
+        return [float(len(text)) for text in completions]
+
+    async def cell():
+        return [run([later], ["ab", "c"]).total.tolist() for _ in range(2)]
+
+    assert asyncio.run(cell()) == [[2.0, 1.0]] * 2
+
+
 def test_weighted_sum_over_the_functions_that_apply():
     rewards = [
         common.Reward("a", lambda completions: [1.0, None, None], 2.0),
@@ -711,15 +724,15 @@ def test_time_limit_reaches_async_functions():
 
 def test_what_a_reward_file_changes_for_the_process_is_put_back(tmp_path):
     (tmp_path / "a.py").write_text(
-        "import os, tempfile, torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\n"
+        "import os, tempfile, torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
         "def moves(completions):\n    with tempfile.TemporaryDirectory() as folder:\n        os.chdir(folder)\n"
-        "        torch.set_grad_enabled(False)\n        return [1.0] * len(completions)\n"
+        "        torch.set_grad_enabled(False)\n        torch.set_default_dtype(torch.float64)\n        return [1.0] * len(completions)\n"
     )
     before = os.getcwd()
     rewards = common.load_rewards([f"{tmp_path / 'a.py'}:moves"])
-    assert os.getcwd() == before and torch.is_grad_enabled()
+    assert os.getcwd() == before and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert run(rewards, ["a"]).total.tolist() == [1.0]
-    assert os.getcwd() == before and torch.is_grad_enabled()
+    assert os.getcwd() == before and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize(("value", "weight"), [(3e38, 10.0), (-1e30, 1.0)])
