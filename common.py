@@ -1182,7 +1182,7 @@ class HeadLogprobs(torch.autograd.Function):
                     seen = seen + p.sum(dim=1)
                 grad = p.mul_(factor).scatter_add_(1, column, g * inside)
             if grad_bias is not None:
-                grad_bias[block] = grad.sum(dim=0)
+                grad_bias[block] = grad.sum(dim=0, dtype=torch.float32)
             grad = grad.to(ctx.dtype)
             add_product(grad_states, grad, low_weight[block])
             if grad_weight is not None:
@@ -1335,7 +1335,8 @@ class SharedPromptLayout:
             self.partial[heads, value_dim, splits] = [torch.zeros(shape, device=self.device) for shape in shapes]
         partial, out = self.partial[heads, value_dim, splits], query.new_empty(live, heads, value_dim)
         shape = dict(REPEATS=repeats, DIM=dim, VALUE_DIM=value_dim, WIDTH=width, VALUE_WIDTH=value_width, BLOCK=block)
-        shape |= dict(SPLITS=splits, num_stages=4)
+        # Blocks read ahead: fewer where a row is long, since four would not fit into the shared memory of a consumer's card.
+        shape |= dict(SPLITS=splits, num_stages=4 if max(width, value_width) * key.element_size() <= 512 else 2)
         window = 2**30 if window is None else window
         attend_to_prompts[self.n, kv_heads, tiles * splits](
             query, self.prompt_keys[layer], self.prompt_values[layer], *partial, self.members, self.prompt_lengths, self.positions,
@@ -2009,6 +2010,10 @@ def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention
         raise UserError(f"{flag_name} {name}: weights of a {type(model).__name__} are missing: {', '.join(missing[:3])}")
     model.config_to_save = config
     model.get_input_embeddings().padding_idx = None  # the pad, where a flat row has one, is a token like any other and learns
+    for module in model.modules():
+        # Frequencies for sequences beyond `positions_of`, which none is: to see that would wait for a GPU, and break its graphs.
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+            module.rope_type = "default"
     return without_dropout(model)
 
 
@@ -2245,6 +2250,9 @@ def compile_layers(*models):
     """
     with explained_as("--compile: torch.compile does not work here"):
         torch.compile(torch.neg)(torch.ones(2, device=next(models[0].parameters()).device))
+    # Kinds of layers, with gradients and without, for one row or many: eight programs a function, the default, are too few
+    # for some families, and what comes after them would run as it is.
+    torch._dynamo.config.recompile_limit = 64
     AttentionInterface.register("flat_row", torch.compiler.disable(flat_row_attention))
     for module in nn.ModuleList(model for model in models if model is not None).modules():
         if isinstance(module, GradientCheckpointingLayer):

@@ -461,7 +461,9 @@ def whole_steps(algorithm, results, sizes, options, name, shape, ends, flags):
         build_folder(Path(folder), shape, sizes, ends)
         count = sizes.steps if shape is sizes.shapes["0.5B"] else 2
         try:
-            common.Run.log = lambda run, step, numbers: metrics.append({k: float(v) for k, v in numbers.items()})
+            common.Run.log = lambda run, step, numbers: metrics.append(
+                {k: float(v) for k, v in numbers.items()} | {"micro_batch_tokens": run.micro_batch_tokens}  # halved where memory ends
+            )
             common.save_final = lambda *_: None  # gigabytes that nobody reads
             common.load_tokenizer = lambda *_: tokenizer_of(folder)
             script.main(common.parse_args(script.Args, flags_of(algorithm, Path(folder), sizes, count, options) + flags))
@@ -476,8 +478,8 @@ def whole_steps(algorithm, results, sizes, options, name, shape, ends, flags):
     memory = max(m["perf/peak_memory_gb"] for m in steps)
     parts = ", ".join(f"{p} {s:.2f}" for p, s in seconds.items() if s)
     results.add(
-        f"{algorithm} {name}, {'compiled, ' * bool(flags)}step, mean length {length:.0f}", f"{total:.2f} s", f"{tokens:,.0f} tokens/s", f"update MFU {mfu:.0%}",
-        f"{parts}; {memory:.1f} GB", seconds=total, mfu=mfu, memory=memory, phases=seconds,
+        f"{algorithm} {name}, {f'ends {ends}, ' * (ends != 'never')}{'compiled, ' * bool(flags)}step, mean length {length:.0f}", f"{total:.2f} s", f"{tokens:,.0f} tokens/s", f"update MFU {mfu:.0%}",
+        f"{parts}; {memory:.1f} GB, {steps[-1]['micro_batch_tokens']:,} tokens at once", seconds=total, mfu=mfu, memory=memory, phases=seconds,
     )  # fmt: skip
 
 

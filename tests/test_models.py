@@ -13,6 +13,7 @@ import common
 import grpo
 import helpers
 import ppo
+import test_cuda
 
 WORDS = ["<pad>", "<end>", "<user>", "<assistant>", "<other-end>", *"abcdefghijklmnopqrstuvwx"]
 CHAT = "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<assistant>' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -336,6 +337,27 @@ def test_what_short_sequences_do_not_show_is_refused(tmp_path, texts, reward_fil
     phimoe.sliding_window = 40  # more than any sequence has
     transformers.AutoModelForCausalLM.from_config(phimoe).save_pretrained(tmp_path / "model")
     train(grpo, tmp_path, *flags, "--max-prompt-tokens", 30)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_sequence_are_not_looked_for(kind, tmp_path):
+    """A CUDA graph cannot: what is loaded reads no number from a tensor, and gives what transformers gives."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0], "original_max_position_embeddings": 32}
+    family = transformers.Phi3Config if kind == "longrope" else transformers.LlamaConfig
+    config = family(**helpers.SIZES | helpers.GQA, rope_parameters=rope)
+    helpers.config_model(config).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ours = common.load_model(transformers.AutoModelForCausalLM, str(tmp_path), "--model", grpo.Args(model=str(tmp_path)))
+    prompt, completion = helpers.random_ids(9, 8)
+    batch = common.rollout_of([prompt], [completion], "cpu")
+    with torch.no_grad():
+        want = theirs(torch.tensor([prompt + completion])).logits[0, 8:-1].log_softmax(-1).gather(1, batch.completion_ids.T)[:, 0]
+        with test_cuda.Recording():
+            got = ours.base_model.rotary_emb(torch.zeros(1, 9, 16), torch.arange(9)[None])
+        got = common.completion_logprobs(ours, batch, 1.0)[0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
 def test_critics_that_the_flat_row_cannot_run_are_named(tmp_path, texts, reward_file):
