@@ -466,14 +466,20 @@ class Run:
         size = len(items) // self.world
         return items[self.rank * size : (self.rank + 1) * size]
 
-    def steps(self, first: int):
+    def steps(self, first: int) -> Iterator[int]:
         """The numbers of the steps still to do, with a progress bar. From here on signals stop the run after a step."""
         form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # fits into 80 columns
         numbers, total = range(first, self.args.steps + 1), self.args.steps
         self.bar = progress(numbers, None, initial=first - 1, total=total, bar_format=form)
         self.trainer_state.global_step = first - 1
         self.catch_signals()
-        return self.bar
+        try:
+            yield from self.bar
+        except GeneratorExit:  # the loop was left, by an error perhaps, which in a notebook does not end the process
+            self.bar.close()
+            if self.world == 1:  # else torchrun may still send a signal to the last to end
+                self.give_signals_back()
+            raise
 
     def phase(self, name: str | None):
         """Begin a phase of the step and end the one before, whose seconds become perf/<name>_seconds."""

@@ -150,6 +150,17 @@ def test_reward_function_that_fails_in_the_first_step_leaves_no_checkpoint(mater
     assert "saved" not in str(caught.value) and not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_notebook_gets_its_ctrl_c_back_after_an_error_in_the_update(materials, tmp_path, monkeypatch):
+    def fails(*_):
+        raise common.UserError("5 gradients in a row were not finite")
+
+    monkeypatch.setattr(common, "clip_and_step", fails)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(common.UserError, match="not finite"):
+        runs.run_here("ppo", runs.arguments(materials, "ppo", tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 ENDS = {"": 0, "SIGINT at call 3": 130, "error at call 3": common.UserError, "SIGINT and SIGINT at call 3": KeyboardInterrupt}
 
 
