@@ -164,10 +164,11 @@ def lost_sums(final):
 
     Of the held-out prompts, and of the sums that at least ten of them ask for: 1 to 15.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, logging
 
     import common
 
+    logging.disable_progress_bar()
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(final, attn_implementation="flat_row"), common.tiny_tokenizer()
     rows = common.load_rows("addition", "test")
     sampler = common.Sampler(policy, {tokenizer.eos_token_id}, 1.0, 5)
