@@ -238,7 +238,7 @@ def run_script(main, Args):
     transformers.logging.disable_progress_bar()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
-    script, status, store = Path(inspect.getfile(Args)).name, 0, None
+    script, status, store, timed_out = Path(inspect.getfile(Args)).name, 0, None, False
     try:
         store = join_processes()
         status = main(parse_args(Args))
@@ -250,16 +250,18 @@ def run_script(main, Args):
             print(f"{script}: error: {text}", file=sys.stderr, flush=True)
             if store is not None:
                 store.set("ended", "")
-        status = 2
+        status, cause = 2, error
+        while cause is not None:
+            timed_out, cause = timed_out or isinstance(cause, RewardTimeout), cause.__cause__
     except KeyboardInterrupt:  # before the training loop, or the second one in it
         sys.stdout.flush()
         os._exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    # The thread that watches the store may wake up while Python shuts down, which aborts the process; and after an error
-    # Python would wait for threads that a reward function has left behind.
-    if store is not None or (status == 2 and not all(t.daemon for t in threading.enumerate()[1:])):
+    # The thread that watches the store may wake up while Python shuts down, which aborts the process; and Python would wait
+    # for threads in which a reward function that took too long may still be at work.
+    if store is not None or timed_out:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
@@ -3235,8 +3237,8 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
         with left_as_found(), time_limit(timeout):
             result = reward.function(**inputs)
             return result_of(result) if inspect.isawaitable(result) else result
-    except RewardTimeout:
-        raise UserError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} seconds") from None
+    except RewardTimeout as error:
+        raise UserError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} seconds") from error
     except UserError:
         raise
     except (Exception, SystemExit, asyncio.CancelledError) as error:
