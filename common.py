@@ -478,10 +478,14 @@ class Run:
         try:
             yield from self.bar
         except GeneratorExit:  # the loop was left, by an error perhaps, which in a notebook does not end the process
-            self.bar.close()
-            if self.world == 1:  # else torchrun may still send a signal to the last to end
-                self.give_signals_back()
+            self.end_steps()
             raise
+
+    def end_steps(self):
+        if self.bar is not None:
+            self.bar.close()
+        if self.world == 1:  # else torchrun may still send a signal to the last to end
+            self.give_signals_back()
 
     def phase(self, name: str | None):
         """Begin a phase of the step and end the one before, whose seconds become perf/<name>_seconds."""
@@ -592,12 +596,9 @@ class Run:
         return 0
 
     def close(self):
-        if self.bar is not None:
-            self.bar.close()
         if self.writer is not None:
             self.writer.close()
-        if self.world == 1:  # else torchrun may still send a signal to the last to end
-            self.give_signals_back()
+        self.end_steps()
 
     def warn(self, text):
         self.say(f"warning: {text}")
@@ -2152,17 +2153,17 @@ def check_flat_row(run, model, name):
     tokens, layout = flat_row(rollout_of(prompts, completions, run.device))
     attend = layout.attend
     layout.attend = lambda *args: windows.add(args[-1]) or attend(*args)
-    try:
-        with explained_as(f"{name} is of a kind that this project does not run"):
+    with explained_as(f"{name} is of a kind that this project does not run"):
+        try:
             ours, theirs = flat_forward(model, tokens, layout.positions, layout).index_select(0, layout.predictors), []
-            with transformers_attention(model):
-                for prompt, completion in zip(prompts, completions):
-                    ids = torch.tensor([prompt + completion[:-1]], device=run.device)
-                    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                    theirs.append(states[0, len(prompt) - 1 :])
-            gap = float((ours - torch.cat(theirs)).norm() / ours.norm())
-    except UserError as error:
-        raise UserError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
+        except UserError as error:  # of `flat_row_attention`, which does not know whose it is
+            raise UserError(f"{name}: {error}") from None
+        with transformers_attention(model):
+            for prompt, completion in zip(prompts, completions):
+                ids = torch.tensor([prompt + completion[:-1]], device=run.device)
+                states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                theirs.append(states[0, len(prompt) - 1 :])
+        gap = float((ours - torch.cat(theirs)).norm() / ours.norm())
     if not gap < 1e-3:
         raise UserError(f"{name} is of a kind that this project does not run: its hidden states differ by {gap:.2g} of their norm")
     # A window that a family leaves to its masks, which are not used here, is seen by no sequence as short as these.
