@@ -18,12 +18,14 @@ import http.client
 import importlib.machinery
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import numbers
 import operator
 import os
+import pickle
 import random
 import re
 import resource
@@ -222,8 +224,9 @@ def check_args(args):
                 raise UserError(f"{name} must be one of {', '.join(choices)}, not {value}")
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 continue
-            if isinstance(value, float) and not math.isfinite(value) and ("clip" not in f.name or math.isnan(value)):
-                raise UserError(f"{name} must be a finite number, not {value}")  # but an infinite clip is none
+            is_finite = abs(value) <= torch.finfo(torch.float32).max or isinstance(value, int)  # float32 has no 1e300
+            if not is_finite and not ("clip" in f.name and value == math.inf):  # an infinite clip is none
+                raise UserError(f"{name} must be a finite number, not {value}")
             if at_least is not None and value < at_least:
                 raise UserError(f"{name} must be at least {at_least}, not {value}")
             if above is not None and value <= above:
@@ -427,18 +430,22 @@ class Run:
     def uniforms(self, step: int, purpose: int, *shape) -> Tensor:
         """Random numbers in [0, 1) that depend on seed, step and purpose alone: a resumed run draws the same ones.
 
-        Purposes are 0 to 15: 1 to 5 are those of this file, the others are the scripts'.
+        Purposes are 0 to 15: 1 to 5 are those of this file, 0 and 7 to 14 the scripts'; 6 and 15 are free.
         """
+        if not 0 <= purpose < 16:
+            raise UserError(f"Run.uniforms: purpose {purpose} is not one of 0 to 15")
         generator = torch.Generator().manual_seed((self.args.seed * 1_000_003 + step) * 16 + purpose)
         return torch.rand(*shape, generator=generator)
 
-    def minibatches(self, number: int) -> list[Tensor]:
-        """Random split of the step's prompts into --num-minibatches parts: this process's own prompts in each.
+    def minibatches(self, number: int, prompts: int) -> list[Tensor]:
+        """Random split of a rollout with so many prompts in each process into --num-minibatches parts: indices of its own.
 
         The same parts whatever the number of processes, and the same work for each of them: of every --num-minibatches
         neighbours one goes to each part.
         """
-        n, parts = self.args.prompts_per_step, self.args.num_minibatches
+        n, parts = prompts * self.world, self.args.num_minibatches
+        if prompts % parts:
+            raise UserError(f"a rollout of {prompts} prompts cannot be split evenly between --num-minibatches {parts}")
         part_of = self.own_part(self.uniforms(number, 1, n // parts, parts).argsort(dim=1).flatten())
         return [(part_of == part).nonzero()[:, 0] for part in range(parts)]
 
@@ -592,7 +599,7 @@ class Run:
         before, after = state["accuracy_before"], state["accuracy"]
         seconds = time.time() - self.started
         accuracy = f"eval/accuracy_before={before:.3f} eval/accuracy={after:.3f}"
-        self.say(f"done steps={self.args.steps} {accuracy} seconds={seconds:.1f} run={self.folder}")
+        self.say(f"done steps={state['step']} {accuracy} seconds={seconds:.1f} run={self.folder}")
         return 0
 
     def close(self):
@@ -704,6 +711,7 @@ class Rollout:
     truncated: Tensor  # (B,) True where no end token was sampled
     sampler_logprobs: Tensor  # (B, C) of the sampled tokens, as the sampler saw them
     sampler_entropy: Tensor  # (B, C) of the distributions they were drawn from; 0 where the sampler is not exact
+    temperature: float | None = None  # at which they were sampled
     scores: Tensor | None = None  # (B,)
     advantages: Tensor | None = None  # (B, 1) in GRPO, (B, C) in PPO
     old_logprobs: Tensor | None = None  # (B, C)
@@ -717,32 +725,52 @@ class Rollout:
     def select(self, rows: Tensor) -> "Rollout":
         """The sequences `rows` (CPU indices), with columns trimmed to the longest completion among them.
 
-        What a script adds, as in `rollout.weights = ...`, goes along: tensors (B, ...), lists of B things, single numbers.
+        What a script adds, as in `rollout.weights = ...`, goes along: tensors (B,), (B, 1) or (B, C), lists of B things,
+        single numbers and texts. UserError for anything else.
         """
-        C, columns = self.completion_ids.shape[1], max(int(self.lengths[rows].max()), 1)
+        B, C = self.completion_ids.shape
+        columns = max(int(self.lengths[rows].max()), 1)
         device_rows, picked = to_device(rows, self.completion_ids.device), copy.copy(self)
         for name, x in vars(self).items():
-            if isinstance(x, list):
+            if isinstance(x, list) and len(x) == B:
                 setattr(picked, name, [x[i] for i in rows.tolist()])
-            elif isinstance(x, Tensor):
+            elif isinstance(x, Tensor) and x.shape[:1] == (B,) and (x.shape[1:2] in ((), (1,), (C,)) or name == "prompt_ids"):
                 x = x[rows] if x.device == rows.device else x[device_rows]
-                is_by_token = x.dim() > 1 and x.shape[1] == C and name != "prompt_ids"
+                is_by_token = x.shape[1:2] == (C,) and name != "prompt_ids"
                 setattr(picked, name, x[:, :columns] if is_by_token else x)
+            elif not isinstance(x, (numbers.Real, str, type(None))) and getattr(x, "shape", None) != ():
+                allowed = f"a tensor ({B},), ({B}, 1) or ({B}, {C}), a list of {B} things, a number or a text"
+                given = type(x).__name__ + (f" {tuple(x.shape)}" if hasattr(x, "shape") else "")
+                raise UserError(f"rollout.{name} has to be {allowed}, not {given}")
         return picked
 
-    def replace(self, rows: Tensor, other: "Rollout"):
-        """Put the sequences of `other`, which has no optional fields, in the places of `rows` (CPU indices)."""
-        for field in dataclasses.fields(self):
-            mine, new = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "prompt_index":
+    def join(self, other: "Rollout") -> "Rollout":
+        """These sequences and those of `other` after them; no prompt of one counts as the same as one of the other."""
+        joined = copy.copy(self)
+        for name in vars(self) | vars(other):
+            mine, new = getattr(self, name, None), getattr(other, name, None)
+            if (mine is None) != (new is None):
+                raise UserError(f"Rollout.join: only one of the two has {name}")
+            if name == "prompt_index":
                 new = new + mine.max() + 1
-            if mine is not None:
-                if mine.dim() == 2:
-                    width, on_the_left = max(mine.shape[1], new.shape[1]), field.name == "prompt_ids"
-                    mine, new = (
-                        F.pad(x, (width - x.shape[1], 0) if on_the_left else (0, width - x.shape[1])) for x in (mine, new)
-                    )
-                setattr(self, field.name, mine.index_copy(0, rows.to(mine.device), new))
+            if isinstance(mine, Tensor) and mine.dim() == 2:
+                width, on_the_left = max(mine.shape[1], new.shape[1]), name == "prompt_ids"
+                mine, new = (
+                    F.pad(x, (width - x.shape[1], 0) if on_the_left else (0, width - x.shape[1])) for x in (mine, new)
+                )
+            if isinstance(mine, Tensor):
+                setattr(joined, name, torch.cat([mine, new]))
+            elif isinstance(mine, list):
+                setattr(joined, name, mine + new)
+            elif mine != new:
+                raise UserError(f"Rollout.join: {name} is {mine} in one and {new} in the other")
+        return joined
+
+    def replace(self, rows: Tensor, other: "Rollout"):
+        """Put the sequences of `other` in the places of `rows` (CPU indices)."""
+        places = torch.arange(len(self))
+        places[rows] = len(self) + torch.arange(len(other))
+        vars(self).update(vars(self.join(other).select(places)))
 
     def leave_out(self, rows: Tensor):
         """Empty the masks of `rows` (B,), boolean: they count in no loss and no mean."""
@@ -1196,7 +1224,7 @@ class HeadLogprobs(torch.autograd.Function):
             add_product(grad_states, grad, low_weight[block])
             if grad_weight is not None:
                 add_product(grad_weight[block], grad.t(), states, keep=0)
-        if is_checked and (seen - 1).abs().mean() > 0.01:  # probabilities add up to 1
+        if is_checked and not (seen - 1).abs().sum() <= 0.01 * len(states):  # probabilities add up to 1
             raise UserError(
                 "completion_logprobs(from_sampler=True): the model is not the one that sampled; "
                 "for other rollouts than its last, and after an update, leave from_sampler out"
@@ -1557,7 +1585,8 @@ class Sampler:
 
     def __init__(self, policy, end_ids, temperature, max_new_tokens, compute_dtype=torch.float32, own_copy=False):
         self.is_exact = compute_dtype == torch.float32  # else the trainer's log-probs differ a little from the sampler's
-        self.model = policy if self.is_exact and not own_copy else frozen_copy(policy, compute_dtype)
+        self.has_copy = own_copy or not self.is_exact
+        self.model = frozen_copy(policy, compute_dtype) if self.has_copy else policy
         self.pad_id, self.temperature, self.C = min(end_ids), temperature, max_new_tokens
         self.device = next(policy.parameters()).device
         self.end_ids = torch.tensor(sorted(end_ids), device=self.device)
@@ -1565,9 +1594,12 @@ class Sampler:
         self.is_cuda = self.device.type == "cuda"
 
     def refresh(self, policy):
-        """Take over the policy's weights, where sampling needs them in another precision or not sharded."""
-        if self.model is not policy:
+        """Sample from this policy from here on: from a copy of its weights, where sampling needs them in another precision
+        or not sharded, else from itself."""
+        if self.has_copy:
             copy_weights(policy, self.model)
+        else:
+            self.model = policy
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], group_size: int, uniforms: Tensor | None) -> Rollout:
@@ -1729,6 +1761,7 @@ class Sampler:
             truncated=~is_end.any(dim=1),
             sampler_logprobs=self.logprobs[:B, :C].clone(),
             sampler_entropy=self.entropy[:B, :C].clone(),
+            temperature=self.temperature,
         )
         if not self.is_cuda:
             self.cache = None  # the memory is wanted by the update
@@ -1743,7 +1776,10 @@ def padded(rows: list[list[int]], side: str, value: int = 0) -> Tensor:
 def rollout_of(
     prompts: list[list[int]], completions: list[list[int]], device, prompt_index: list[int] | None = None
 ) -> Rollout:
-    """A Rollout of given token ids: one prompt and one completion a sequence."""
+    """A Rollout of given token ids: one prompt and one completion a sequence, which has to hold the end token itself.
+
+    No sampler has seen them: `sampler_logprobs` and `sampler_entropy` are NaN.
+    """
     lengths, prompt_lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (completions, prompts))
     prompt_ids, completion_ids = padded(prompts, side="left"), padded(completions, side="right")
     mask = torch.arange(completion_ids.shape[1]) < lengths[:, None]
@@ -1755,8 +1791,8 @@ def rollout_of(
         completion_mask=mask.to(device),
         lengths=lengths,
         truncated=torch.zeros(len(prompts), dtype=torch.bool, device=device),
-        sampler_logprobs=torch.zeros(mask.shape, device=device),
-        sampler_entropy=torch.zeros(mask.shape, device=device),
+        sampler_logprobs=torch.full(mask.shape, math.nan, device=device),
+        sampler_entropy=torch.full(mask.shape, math.nan, device=device),
     )
 
 
@@ -1964,6 +2000,7 @@ def load_policy(args, run, tokenizer):
         end_ids = end_tokens(args.model, tokenizer, policy)
     if args.gradient_checkpointing:
         checkpoint_layers(policy)
+    policy.names_when_loaded = set(weights_of(policy))
     return policy, end_ids
 
 
@@ -2128,6 +2165,9 @@ def check_model(run, model, sampler, tokenizer):
     """
     name = f"--model {run.args.model}: {type(model).__name__}"
     check_flat_row(run, model, name)
+    head = model.get_output_embeddings()
+    if type(head).forward is not nn.Linear.forward or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+        raise UserError(f"{name}: only weight and bias of the head are used, so it takes no adapter or hook ({type(head).__name__})")
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         raise UserError(f"{name} caps its logits, which this project does not run")
     with explained_as(f"{name} is of a kind that this project does not run"):
@@ -2488,7 +2528,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
                     raise UserError(f'{path}:{number}: not an object; write one {{"prompt": ...}} a line')
                 yield f"{path}:{number}", row
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"dataset {path}: {error.strerror}") from None
 
 
 def fetch_gsm8k(split: str) -> Path:
@@ -3447,16 +3487,22 @@ def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
         return with_less_memory(run, attempt)
 
 
-def accumulate_gradients(run, loss_of, rollout: Rollout, optimizer, means: "Means | None" = None):
+def accumulate_gradients(run, loss_of, rollout: Rollout, models: list[nn.Module], means: "Means | None" = None):
     """Add the gradients of the sum of `loss_of(micro_batch)` over all micro-batches of `rollout` to those that are there;
     `clip_and_step` uses them up. `means`: what `loss_of` adds to."""
+    if rollout.temperature not in (None, run.args.temperature):
+        raise UserError(
+            f"sampled at temperature {rollout.temperature:g} and scored at {run.args.temperature:g}: "
+            "set sampler.temperature and args.temperature together"
+        )
     means = means or Means()
-    weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+    weights = [weight for model in models for weight in model.parameters() if weight.grad is not None]
     before, gradients = means.sums.copy(), [weight.grad.clone() for weight in weights]  # of another loss of the same step
 
     def attempt():  # a second one, with smaller micro-batches, counts nothing twice
         means.sums = before.copy()
-        optimizer.zero_grad(set_to_none=True)
+        for model in models:
+            model.zero_grad(set_to_none=True)
         for weight, gradient in zip(weights, gradients):
             weight.grad = gradient.clone()
         for _, batch in each_micro_batch(run, rollout):
@@ -3493,18 +3539,23 @@ def set_learning_rate(optimizer, share: float):
         group["lr"] = share * group.setdefault("peak_lr", group["lr"])
 
 
-def clip_and_step(run, models: list[nn.Module], optimizer) -> Tensor:
-    """Clip the gradient norm and take the optimiser's step, unless the gradient is not finite; returns the norm."""
-    norms = [whole(torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm)) for model in models]
+def clip_and_step(run, models: list[nn.Module], *optimizers) -> Tensor:
+    """Clip the gradient norm of each model and take the optimisers' step, unless a gradient is not finite; returns the
+    norm of the first model. Weights that no optimiser has count in no norm."""
+    trained = {weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]}
+    weights = [[weight for weight in model.parameters() if weight in trained] for model in models]
+    norms = [whole(torch.nn.utils.clip_grad_norm_(some, run.args.max_grad_norm)) for some in weights]
     if all(norm.isfinite() for norm in norms):
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         run.skipped_in_a_row = 0
     else:
         run.skipped_updates, run.skipped_in_a_row = run.skipped_updates + 1, run.skipped_in_a_row + 1
         run.warn("the gradient is not finite: this update is skipped")
         if run.skipped_in_a_row == 5:
             raise UserError("5 gradients in a row were not finite: try a lower --learning-rate, or --dtype float32")
-    optimizer.zero_grad(set_to_none=True)  # sampling can use the memory
+    for owner in (*models, *optimizers):
+        owner.zero_grad(set_to_none=True)  # sampling can use the memory
     return norms[0]
 
 
@@ -3515,11 +3566,6 @@ def logprobs_without_gradient(run, model, rollout: Rollout) -> Tensor:
 
 def old_logprobs(run, sampler, policy, rollout: Rollout) -> Tensor:
     """Log-probs under the policy that sampled: the sampler's own, or a pass of the trainer's where they are less precise."""
-    if sampler.temperature != run.args.temperature:
-        raise UserError(
-            f"sampled at temperature {sampler.temperature:g} and scored at {run.args.temperature:g}: "
-            "set sampler.temperature and args.temperature together"
-        )
     return rollout.sampler_logprobs if sampler.is_exact else logprobs_without_gradient(run, policy, rollout)
 
 
@@ -3563,11 +3609,14 @@ def mean_and_variance(run, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_table(dense: list[list[float | None] | None], rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Rewards given token by token, 0 where there is none, and the tokens at which a step ends: both (B, C)."""
+    """Rewards given token by token, 0 where there is none, and the tokens at which a step ends: both (B, C).
+
+    Of a completion that is left out there are none.
+    """
     table = torch.full(rollout.completion_ids.shape, math.nan)
     for row, values in zip(table, dense):
         row[: len(values or [])] = torch.tensor([math.nan if value is None else value for value in values or []])
-    table = table.to(rollout.completion_ids.device)
+    table = table.to(rollout.completion_ids.device).masked_fill(~rollout.completion_mask, math.nan)
     return table.nan_to_num(0), ~table.isnan()
 
 
@@ -3653,7 +3702,8 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
     with complete_or_absent(folder, f"--output-dir {run.folder}: the checkpoint of step {state['step']}") as partial:
         for name, tensors in weights.items():
             safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
-        saved = {"state": state, "optimizer": optimizer.state_dict() | {"state": moments}}
+        loadable = {key: value for key, value in state.items() if can_be_loaded(run, key, value)}
+        saved = {"state": loadable, "optimizer": optimizer.state_dict() | {"state": moments}}
         torch.save(saved | {"random_states": all_random_states, "script": run.script}, partial / "state.pt")
         digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
@@ -3662,6 +3712,19 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
     older = older[: older.index(folder) + 1]
     for path in [*older[: -run.args.keep_checkpoints], *folder.parent.glob(".*.partial")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def can_be_loaded(run, key: str, value: Any) -> bool:
+    """Whether `load_checkpoint` would take this value, since code in a file is refused; warns if not."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError):
+        kinds = "numbers, texts, lists and dicts of Python, and tensors"
+        run.warn_once(f"state[{key!r}] is left out of checkpoints, which take {kinds}, not {type(value).__name__}")
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -3726,9 +3789,10 @@ def gathered(run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The whole tensors on the CPU of the first process; the others help to gather them and keep none."""
     kept = {}
     for name, tensor in tensors.items():
-        tensor = whole(tensor.detach())
+        if isinstance(tensor, Tensor):  # else a number in the state of an optimiser
+            tensor = whole(tensor.detach()).cpu().contiguous()
         if run.rank == 0:
-            kept[name] = tensor.cpu().contiguous()
+            kept[name] = tensor
     return kept
 
 
@@ -3762,7 +3826,7 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         set_random_states(saved["random_states"][run.rank % len(saved["random_states"])])
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for i, moments in saved["optimizer"]["state"].items():
-            moments |= {name: placed(x, parameters[i]) for name, x in moments.items() if x.dim()}
+            moments |= {name: placed(x, parameters[i]) for name, x in moments.items() if isinstance(x, Tensor) and x.dim()}
         optimizer.load_state_dict(saved["optimizer"])
         prompts.position = saved["state"]["position"]
     if saved["state"].get("prompts", prompts.digest) != prompts.digest:
@@ -3788,10 +3852,11 @@ def newest_checkpoint(run, files: list[str]) -> Path:
 def save_final(run, model, tokenizer):
     """`final/` of the run's folder, which AutoModelForCausalLM and AutoTokenizer load."""
     weights = gathered(run, weights_of(model))
+    added = [name for name in weights if name not in getattr(model, "names_when_loaded", weights)]
     if run.rank == 0:
         with complete_or_absent(run.folder / "final", f"--output-dir {run.folder}: the final model") as partial:
             model.config = getattr(model, "config_to_save", model.config)  # with the dropout that it came with
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-        if any(".base_layer." in name for name, _ in model.named_parameters()):  # as peft calls what its adapters wrap
-            run.warn("final/ has an adapter that is not merged, so it does not load as a model: merge it before save_final")
+        if added:
+            run.warn(f"final/ has weights that its model does not know ({added[0]}): merge an adapter before save_final")

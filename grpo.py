@@ -50,7 +50,7 @@ class Args:
     )
     reward_weights: list[float] = flag([], "one for each --reward, then one for --reward-model (default: 1 each)")
     reward_model: str | None = flag(help="a sequence-classification model, beside --reward or, where none is given, alone")
-    reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
+    reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0, at_most=1e9)
     # Sampling
     steps: int = flag(tiny=300, real=500, help="rollouts", at_least=1)
     prompts_per_step: int = flag(32, "N, over all processes", at_least=1)
@@ -286,13 +286,15 @@ def main(args: Args) -> int:
 
     for step in run.steps(state["step"] + 1):
         means = common.Means()
+        lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
+        common.set_learning_rate(optimizer, lr_share)
 
         # ---- Rollout: G completions of each of N prompts ----
         run.phase("rollout")
         sampler.refresh(policy)  # on GPUs the sampler has a copy of its own in bfloat16
         # This process's own part of the prompts, each G times: B of them.
         step_prompts = [prompt for prompt in run.own_part(prompts.next(args.prompts_per_step)) for _ in range(G)]
-        # A random number for each token (B, C), fixed by seed, step and sequence, not by batches or processes.
+        # A random number for each token (B, C), fixed by seed, step, purpose (0) and sequence, not by batches or processes.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
         # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
@@ -310,7 +312,6 @@ def main(args: Args) -> int:
         if args.overlong_buffer:
             penalty = overlong_penalty(rollout.lengths, args.max_new_tokens, args.overlong_buffer)
             rollout.scores = rollout.scores + penalty.to(run.device)
-        rollout.leave_out(rollout.scores.isnan())  # no reward function applies to these: they count nowhere
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
         run.phase("reference")
@@ -318,6 +319,7 @@ def main(args: Args) -> int:
             rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
         # ---- Advantage: better or worse than the rest of the group ----
+        rollout.leave_out(rollout.scores.isnan())  # no reward function applies to these: they count nowhere
         if not run.max(scores.has_lists):  # asked of all processes, since they compute the spread together
             batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
             rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
@@ -334,10 +336,8 @@ def main(args: Args) -> int:
         if not on_policy:
             rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
         run.phase("update")
-        lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
-        common.set_learning_rate(optimizer, lr_share)
         for epoch in range(args.update_epochs):
-            for groups in run.minibatches(step * args.update_epochs + epoch):  # prompts, by index
+            for groups in run.minibatches(step * args.update_epochs + epoch, len(rollout) // G):  # prompts, by index
                 # Whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
                 # Of the whole minibatch: `loss_of` returns shares of its loss, so that how it is split changes no gradient.
@@ -367,7 +367,7 @@ def main(args: Args) -> int:
                         loss = loss + args.kl_coef * kl_estimate(logprobs, batch.ref_logprobs, args.kl_estimator)
                     return (loss * token_weights(args.loss, mask, sequences, tokens, args.max_new_tokens)).sum()
 
-                common.accumulate_gradients(run, loss_of, minibatch, optimizer, means)
+                common.accumulate_gradients(run, loss_of, minibatch, [policy], means)
                 means.add("losses/grad_norm", common.clip_and_step(run, [policy], optimizer))
 
         # ---- Log, evaluate, save: `means` average over the step, `metrics` are its single numbers ----
@@ -409,8 +409,9 @@ def main(args: Args) -> int:
 
 def warn_of_process_supervision(run, rollout, scores):
     """Say which flags do not act on lists of rewards, and when these lists teach nothing although the scores differ."""
-    if run.args.advantage != "group" or not run.args.scale_rewards or run.args.overlong_buffer:
-        run.warn_once("--advantage, --no-scale-rewards and --overlong-buffer do not act on lists of rewards")
+    is_changed = not (rollout.scores.cpu() - scores.total).nan_to_num(0).eq(0).all()  # as --overlong-buffer does
+    if run.args.advantage != "group" or not run.args.scale_rewards or is_changed:
+        run.warn_once("--advantage, --no-scale-rewards and what changes rollout.scores do not act on lists of rewards")
     if run.args.loss == "gspo":
         run.warn_once("--loss gspo has one ratio for a whole completion: all its tokens share what its steps are worth")
     if not rollout.advantages.any() and not has_equal_scores(scores.total, run.args.group_size).all():

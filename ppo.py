@@ -49,7 +49,7 @@ class Args:
     )
     reward_weights: list[float] = flag([], "one for each --reward, then one for --reward-model (default: 1 each)")
     reward_model: str | None = flag(help="a sequence-classification model, beside --reward or, where none is given, alone")
-    reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0)
+    reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0, at_most=1e9)
     # Sampling
     steps: int = flag(tiny=220, real=500, help="rollouts", at_least=1)
     prompts_per_step: int = flag(256, "N, over all processes", at_least=1)
@@ -246,13 +246,15 @@ def main(args: Args) -> int:
 
     for step in run.steps(state["step"] + 1):
         means = common.Means()
+        lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
+        common.set_learning_rate(optimizer, lr_share)
 
         # ---- Rollout: G completions of each of N prompts ----
         run.phase("rollout")
         sampler.refresh(policy)  # on GPUs the sampler has a copy of its own in bfloat16
         # This process's own part of the prompts, each G times: B of them.
         step_prompts = [prompt for prompt in run.own_part(prompts.next(args.prompts_per_step)) for _ in range(G)]
-        # A random number for each token (B, C), fixed by seed, step and sequence, not by batches or processes.
+        # A random number for each token (B, C), fixed by seed, step, purpose (0) and sequence, not by batches or processes.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
         # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
@@ -263,7 +265,6 @@ def main(args: Args) -> int:
         with common.checkpoint_on_error(run, models, optimizer, state):  # a reward function may fail
             scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
         rollout.scores = scores.total.to(run.device)  # (B,)
-        rollout.leave_out(rollout.scores.isnan())  # no reward function applies to these: they count nowhere
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
         run.phase("reference")
@@ -271,6 +272,7 @@ def main(args: Args) -> int:
             rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
         # ---- Reward: the score on the last token (or token by token), less the KL on every token ----
+        rollout.leave_out(rollout.scores.isnan())  # no reward function applies to these: they count nowhere
         mask = rollout.completion_mask  # (B, C)
         rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
         if not scores.has_lists:
@@ -294,10 +296,8 @@ def main(args: Args) -> int:
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
         run.phase("update")
-        lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
-        common.set_learning_rate(optimizer, lr_share)
         for epoch in range(args.update_epochs):
-            for groups in run.minibatches(step * args.update_epochs + epoch):  # prompts, by index
+            for groups in run.minibatches(step * args.update_epochs + epoch, len(rollout) // G):  # prompts, by index
                 # Whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
                 # Of the whole minibatch: `loss_of` returns shares of its loss, so that how it is split changes no gradient.
@@ -324,7 +324,7 @@ def main(args: Args) -> int:
                         loss = loss + args.value_coef * v_loss
                     return (loss * mask).sum() / max(tokens, 1)
 
-                common.accumulate_gradients(run, loss_of, minibatch, optimizer, means)
+                common.accumulate_gradients(run, loss_of, minibatch, list(learners.values()), means)
                 means.add("losses/grad_norm", common.clip_and_step(run, list(learners.values()), optimizer))
 
         # ---- Log, evaluate, save: `means` average over the step, `metrics` are its single numbers ----

@@ -238,7 +238,7 @@ def gradients_of(model, run, rollout, limit=math.inf, means=None):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return loss
 
-    common.accumulate_gradients(run, loss_of, rollout, torch.optim.SGD(model.parameters()), means)
+    common.accumulate_gradients(run, loss_of, rollout, [model], means)
     return helpers.gradients(model)
 
 
@@ -268,7 +268,6 @@ def test_a_gpu_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(capsys
     prompts, completions = helpers.random_ids(*[400] * 32), helpers.random_ids(*[400] * 32, seed=1)
     rollout = common.rollout_of(prompts, completions, device)
     run = helpers.make_run(device="cuda", dtype="float32", micro_batch_tokens=32 * 800)
-    optimizer = torch.optim.SGD(model.parameters())
 
     def loss_of(batch):
         return common.completion_logprobs(model, batch, 1.0).sum() / 1000
@@ -277,8 +276,8 @@ def test_a_gpu_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(capsys
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_reserved()
-        optimizer.zero_grad()
-        common.accumulate_gradients(run, loss_of, rollout, optimizer)
+        model.zero_grad()
+        common.accumulate_gradients(run, loss_of, rollout, [model])
         torch.cuda.synchronize()
         return torch.cuda.max_memory_reserved() - before
 
@@ -288,9 +287,9 @@ def test_a_gpu_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(capsys
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.6 * needed) / total)
-    optimizer.zero_grad()
+    model.zero_grad()
     try:
-        common.accumulate_gradients(run, loss_of, rollout, optimizer)
+        common.accumulate_gradients(run, loss_of, rollout, [model])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert run.micro_batch_tokens < 32 * 800 and "out of GPU memory: going on" in capsys.readouterr().out
@@ -337,17 +336,16 @@ def test_the_micro_batch_loop_never_waits_for_the_gpu(from_sampler):
     run, means = helpers.make_run(device="cuda", micro_batch_tokens=12), common.Means()
     rollout, prompts, completions = helpers.ragged_rollout()
     rollout = common.rollout_of(prompts, completions, torch.device("cuda"), rollout.prompt_index.tolist())
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def loss_of(batch):
         logprobs, entropy = common.completion_logprobs(model, batch, 1.0, with_entropy=True, from_sampler=from_sampler)
         means.add("losses/entropy", entropy, batch.completion_mask)
         return logprobs.sum() / 10
 
-    common.accumulate_gradients(run, loss_of, rollout, optimizer)  # the first pass loads kernels
+    common.accumulate_gradients(run, loss_of, rollout, [model])  # the first pass loads kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        common.accumulate_gradients(run, loss_of, rollout, optimizer)
+        common.accumulate_gradients(run, loss_of, rollout, [model])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -115,14 +115,17 @@ def test_signal_to_one_process_stops_both_with_a_checkpoint(materials, tmp_path)
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_minibatches_are_the_same_for_any_number_of_processes(world, parts, monkeypatch):
     run = helpers.make_run(prompts_per_step=16, num_minibatches=parts)
-    want = [part.tolist() for part in run.minibatches(7)]
+    want = [part.tolist() for part in run.minibatches(7, 16)]
     assert sorted(sum(want, [])) == list(range(16))
     run.world, got, sizes = world, [[] for _ in range(parts)], set()
     for run.rank in range(world):
-        for part, mine in zip(got, run.minibatches(7), strict=True):
+        for part, mine in zip(got, run.minibatches(7, 16 // world), strict=True):
             part += (mine + run.rank * 16 // world).tolist()
             sizes.add(len(mine))
     assert got == want
+    if parts > 1:
+        with pytest.raises(common.UserError, match=f"a rollout of 9 prompts cannot be split evenly between --num-minibatches {parts}"):
+            run.minibatches(7, 9)
     assert sizes == {16 // world // parts}  # each process has as much to do in each
 
 

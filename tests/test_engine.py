@@ -6,6 +6,7 @@ import math
 import types
 
 import helpers
+import numpy
 import pytest
 import torch
 import transformers
@@ -207,17 +208,15 @@ def test_gradient_is_that_of_plain_autograd_whatever_the_micro_batches(family, s
         (logprobs * row[: len(completion)]).sum().backward()
     want = {name: gradient.float() for name, gradient in helpers.gradients(reference).items()}
 
-    optimizer = torch.optim.SGD(model.parameters())
-
     def loss_of(batch):
         return (common.completion_logprobs(model, batch, 0.8) * batch.advantages * batch.completion_mask).sum()
 
     for budget in (1, 12, 20, 1000):
         run = helpers.make_run(micro_batch_tokens=budget)
-        optimizer.zero_grad()
-        common.accumulate_gradients(run, loss_of, rollout, optimizer)
+        model.zero_grad()
+        common.accumulate_gradients(run, loss_of, rollout, [model])
         helpers.assert_same_gradients(helpers.gradients(model), want)
-    common.accumulate_gradients(run, loss_of, rollout, optimizer)  # another loss of the same step adds its own
+    common.accumulate_gradients(run, loss_of, rollout, [model])  # another loss of the same step adds its own
     helpers.assert_same_gradients(helpers.gradients(model), {name: 2 * gradient for name, gradient in want.items()})
 
 
@@ -656,13 +655,24 @@ def test_check_model_refuses_logits_that_the_flat_row_gets_wrong(run, softcappin
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_check_model_refuses_a_head_that_does_more_than_multiply(llama, dtype):
+def test_check_model_refuses_logits_of_another_scale(llama, dtype, monkeypatch):
     """By less than a bfloat16 pass may differ."""
-    model = copy.deepcopy(llama)
-    model.lm_head.register_forward_hook(lambda module, inputs, output: 0.99 * output)
+    monkeypatch.setattr(common, "logit_scale", lambda model: 0.99)
     with pytest.raises(common.UserError, match="differ by .* from those of transformers"):
-        checked(helpers.make_run(dtype=dtype), model)
-    assert model.config._attn_implementation == "flat_row"  # as it was
+        checked(helpers.make_run(dtype=dtype), llama)
+    assert llama.config._attn_implementation == "flat_row"  # as it was
+
+
+def test_check_model_refuses_an_adapter_on_the_head_which_would_not_act(llama, run):
+    """Not even one that changes nothing yet, as a fresh LoRA."""
+    hooked, patched, wrapped = (copy.deepcopy(llama) for _ in range(3))
+    hooked.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    patched.lm_head.forward = types.MethodType(lambda self, x: torch.nn.functional.linear(x, self.weight), patched.lm_head)
+    kind = type("Adapted", (torch.nn.Linear,), {"forward": lambda self, x: torch.nn.functional.linear(x, self.weight)})
+    wrapped.lm_head.__class__ = kind
+    for model in (hooked, patched, wrapped):
+        with pytest.raises(common.UserError, match="it takes no adapter or hook"):
+            checked(run, model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -749,13 +759,43 @@ def test_select_takes_rows_and_trims_columns_to_their_longest():
 def test_select_takes_along_what_a_script_has_added():
     rollout, *_ = helpers.ragged_rollout()
     rollout.weights, rollout.bonus = torch.arange(6), torch.arange(6.0)[:, None] + torch.zeros(rollout.completion_ids.shape)
-    rollout.step = 3
-    rollout.texts, rollout.features = list("abcdef"), torch.arange(18).view(6, 3)
+    rollout.step, rollout.scale, rollout.texts = 3, torch.tensor(2.0), list("abcdef")
     part = rollout.select(torch.tensor([3, 0]))  # 2 tokens and 1
-    assert part.texts == ["d", "a"] and part.features.tolist() == [[9, 10, 11], [0, 1, 2]]
+    assert part.texts == ["d", "a"] and part.scale == 2.0
     assert part.weights.tolist() == [3, 0] and part.bonus.tolist() == [[3.0, 3.0], [0.0, 0.0]]
     assert len(rollout.weights) == 6 and rollout.select(torch.tensor([1])).weights.tolist() == [1]
     assert rollout.select(torch.tensor([1])).step == 3
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(6, 3), torch.zeros(5), numpy.zeros(6), (0,) * 6, [0] * 5], ids=str)
+def test_select_refuses_what_it_cannot_take_along(odd):
+    """(B, 3) among them, of which it could not tell for completions of 3 tokens whether to trim it."""
+    rollout, *_ = helpers.ragged_rollout()
+    rollout.odd = odd
+    with pytest.raises(common.UserError, match=r"rollout.odd has to be a tensor \(6,\), \(6, 1\) or \(6, 9\)"):
+        rollout.select(torch.tensor([0]))
+
+
+def test_join_keeps_everything_of_both():
+    first, second = (helpers.ragged_rollout(seed)[0] for seed in (0, 5))
+    second = second.select(torch.tensor([0, 2]))  # of 1 and 4 tokens
+    for rollout in (first, second):
+        rollout.scores, rollout.texts, rollout.step = torch.arange(float(len(rollout))), list("abcdef")[: len(rollout)], 3
+        rollout.advantages = rollout.scores[:, None]
+    joined = first.join(second)
+    assert joined.prompt_index.tolist() == [0, 0, 1, 2, 2, 2, 3, 4] and joined.texts == [*"abcdef", *"ab"]
+    assert joined.advantages.tolist() == [[i] for i in [0, 1, 2, 3, 4, 5, 0, 1]] and joined.step == 3
+    for rows, part in ((range(6), first), (range(6, 8), second)):
+        part_of_joined = joined.select(torch.tensor(rows))
+        assert torch.equal(part_of_joined.completion_ids, part.completion_ids)
+        assert torch.equal(part_of_joined.completion_mask, part.completion_mask)
+        for i, row in enumerate(rows):
+            length = int(part.prompt_lengths[i])
+            assert torch.equal(joined.prompt_ids[row, -length:], part.prompt_ids[i, -length:])
+    second.weights = torch.ones(2)
+    for one, other in ((first, second), (second, first)):
+        with pytest.raises(common.UserError, match="only one of the two has weights"):
+            one.join(other)
 
 
 @pytest.mark.parametrize("lengths", [(2, 5), (12, 15)])  # of prompts and completions that come: shorter, longer
@@ -902,11 +942,36 @@ def test_gradient_norm_is_clipped_and_reported_as_it_was(run):
     torch.testing.assert_close(before - layer.weight.detach(), torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
 
 
+def test_weights_that_no_optimiser_has_count_in_no_norm_and_keep_no_gradient(run):
+    """Two optimisers share the weights of a layer but for its bias."""
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Linear(1, 1, bias=False))
+    optimizers = [torch.optim.SGD([module.weight], lr=1.0) for module in layer]
+    before = [module.weight.detach().clone() for module in layer]
+    layer[0].weight.grad, layer[1].weight.grad, layer[0].bias.grad = torch.tensor([[30.0, 0.0]]), torch.tensor([[40.0]]), torch.ones(1)
+    assert float(common.clip_and_step(run, [layer], *optimizers)) == pytest.approx(50.0)
+    moved = [float((old - module.weight.detach()).sum()) for old, module in zip(before, layer)]
+    assert moved == pytest.approx([0.6, 0.8], abs=1e-5)
+    assert all(weight.grad is None for weight in layer.parameters())
+
+
 def test_another_temperature_than_the_samplers_is_refused():
     model = helpers.make_model("llama")
     rollout, run = sample(model, temperature=0.7), helpers.make_run(temperature=0.7)
-    sampler = common.Sampler(model, ENDS, 0.7, 12)
-    assert common.old_logprobs(run, sampler, model, rollout) is rollout.sampler_logprobs
+    common.accumulate_gradients(run, lambda batch: common.completion_logprobs(model, batch, 0.7).sum(), rollout, [model])
     run.args.temperature = 0.6  # as a schedule in a copied script does
     with pytest.raises(common.UserError, match="sampled at temperature 0.7 and scored at 0.6"):
-        common.old_logprobs(run, sampler, model, rollout)
+        common.accumulate_gradients(run, lambda batch: 1 / 0, rollout, [model])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sampler_may_take_the_weights_of_another_model_which_changes_none(dtype):
+    """As an average of the policy that is evaluated: on a CPU in float32 the sampler has no weights of its own."""
+    policy, average = helpers.make_model("llama", seed=0), helpers.make_model("llama", seed=1)
+    before = copy.deepcopy(policy.state_dict())
+    sampler, uniforms = common.Sampler(policy, ENDS, 1.0, 12, getattr(torch, dtype)), torch.rand(4, 12)
+    want = common.Sampler(average, ENDS, 1.0, 12, getattr(torch, dtype)).sample([[2, 3]], 4, uniforms)
+    for model, same in ((average, True), (policy, False)):
+        sampler.refresh(model)
+        got = sampler.sample([[2, 3]], 4, uniforms)
+        assert (got.completion_ids.tolist() == want.completion_ids.tolist()) == same
+    assert all(torch.equal(before[name], weight) for name, weight in policy.state_dict().items())

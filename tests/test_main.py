@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import helpers
@@ -386,10 +387,12 @@ def test_options_of_the_family_run_to_the_end(script, tiny_folder, tmp_path, fla
     assert "done steps=2" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("after", ["rollout.scores = scores.total", "    rollout.ref_logprobs = common."])
 @pytest.mark.parametrize("module", [grpo, ppo])
-def test_what_a_changed_script_scores_nan_counts_nowhere(module, tiny_folder, tmp_path):
-    """A README's line: here completions of less than 4 tokens are rejected after they were scored."""
-    source, line = Path(module.__file__).read_text(), "        rollout.scores = scores.total.to(run.device)  # (B,)\n"
+def test_what_a_changed_script_scores_nan_counts_nowhere(module, after, tiny_folder, tmp_path):
+    """A README's line: here completions of less than 4 tokens are rejected after they were scored, or passed by the reference."""
+    source = Path(module.__file__).read_text()
+    line = re.search(rf"^        {re.escape(after)}.*\n", source, re.MULTILINE)[0]
     assert source.count(line) == 1
     more = "        rollout.scores = rollout.scores.masked_fill((rollout.lengths < 4).to(run.device), math.nan)\n"
     (tmp_path / "changed.py").write_text(source.replace(line, line + more))
@@ -420,6 +423,45 @@ def test_an_evaluation_that_judges_nothing_is_said(script, tiny_folder, tmp_path
     for reward, said in (("rewards.py:none", True), ("exact", False)):
         assert script("--model", tiny_folder, *SHORT, "--reward", "exact", "--eval-reward", reward, "--output-dir", reward[-4:]) == 0
         assert ("none gives None to all evaluation prompts" in " ".join(capsys.readouterr().out.split())) == said
+
+
+def test_replay_trains_on_the_completions_of_two_rollouts(tiny_folder, tmp_path, monkeypatch):
+    """As README has it. From the second step on; what was sampled before keeps the log-probs that it was sampled with."""
+    source = Path(grpo.__file__).read_text()
+    for old, new in {
+        "    for step in run.steps(": "    last = None\n    for step in run.steps(",
+        "on_policy = args.update_epochs * args.num_minibatches == 1": "on_policy = False",
+        '        run.phase("update")\n': '        last, joined = rollout, rollout.join(last) if last else rollout\n        run.phase("update")\n',
+        "epoch, len(rollout) // G)": "epoch, len(joined) // G)",
+        "minibatch = rollout.select(": "minibatch = joined.select(",
+    }.items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (tmp_path / "changed.py").write_text(source)
+    changed, seen, accumulate = common.import_file(str(tmp_path / "changed.py")), [], common.accumulate_gradients
+    monkeypatch.setattr(common, "accumulate_gradients", lambda *args: seen.append(args[2]) or accumulate(*args))
+    flags = ["--model", str(tiny_folder), *map(str, SHORT), "--num-minibatches", "2", "--output-dir", str(tmp_path / "run")]
+    assert changed.main(common.parse_args(changed.Args, flags)) == 0
+    sizes = [len(minibatch) for minibatch in seen]
+    assert sizes[0] == sizes[1] and sizes[2:] == [2 * sizes[0]] * 2
+
+    def rows(minibatches):
+        parts = [[(*ids, round(sum(logprobs), 4)) for ids, logprobs in zip(part.completion_ids.tolist(), part.old_logprobs.tolist())] for part in minibatches]
+        return Counter(tuple(x for x in row if x) for part in parts for row in part)
+
+    assert not rows(seen[:2]) - rows(seen[2:])  # all that the first step saw is there again
+
+
+def test_stopping_early_ends_a_run_as_usual(tiny_folder, tmp_path, capsys):
+    """As README has it: `break` at the end of a step."""
+    source, line = Path(grpo.__file__).read_text(), "        stopped = run.must_stop()\n"
+    assert source.count(line) == 1
+    (tmp_path / "changed.py").write_text(source.replace(line, "        if step == 2:\n            break\n" + line))
+    changed = common.import_file(str(tmp_path / "changed.py"))
+    flags = ["--model", str(tiny_folder), *map(str, SHORT), "--steps", "5", "--output-dir", str(tmp_path / "run")]
+    assert changed.main(common.parse_args(changed.Args, flags)) == 0
+    assert "done steps=2 " in capsys.readouterr().out.splitlines()[-1]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
 
 
 @pytest.mark.parametrize("flags, said", [("", False), ("--advantage rloo", True), ("--no-scale-rewards", True), ("--overlong-buffer 2", True)])
@@ -640,6 +682,8 @@ BAD_INPUT = {
     "--kl-coef nan": "--kl-coef",
     "--clip-low -0.1": "--clip-low must be at least 0",
     "--clip-high nan": "--clip-high",
+    "--clip-high 1e300": "--clip-high must be a finite number, not 1e+300",
+    "--reward-timeout 1e20": "--reward-timeout must be at most",
     "--max-grad-norm 0": "--max-grad-norm",
     "--reward-timeout nan": "--reward-timeout",
     "--seed -1": "--seed",
@@ -669,7 +713,7 @@ BAD_INPUT = {
     "--reward exact --reward format --reward-weights 1": "--reward-weights has 1 numbers for 2 rewards",
     "--reward exact --reward-weights nan": "--reward-weights",
     "--reward exact --reward-weights inf": "--reward-weights",
-    "--dataset nosuch.jsonl": "nosuch.jsonl: No such file",
+    "--dataset nosuch.jsonl": "dataset nosuch.jsonl: No such file",
     "--dataset empty.jsonl": "empty.jsonl",
     "--dataset blank.jsonl": "blank.jsonl",
     "--dataset broken.jsonl": "broken.jsonl:2",

@@ -16,8 +16,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -394,6 +396,22 @@ def test_checkpoint_is_no_place_for_code(stopped):
     assert not mark.exists()
 
 
+def test_what_could_not_be_loaded_is_left_out_and_said(tmp_path, capsys):
+    """Of the state of a changed script; and an optimiser of its own may keep plain numbers."""
+    run, model = helpers.make_run(), torch.nn.Linear(2, 1)
+    prompts = common.PromptStream([common.Prompt("1+1=", [1], {})], seed=1)
+    run.folder, run.args.resume = tmp_path, str(tmp_path)
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.state[model.weight] = {"step": 7, "sum": torch.ones(1, 2)}
+    kept = {"step": 3, "position": 5, "ema": [torch.ones(2)], "rate": 0.5, "seen": {"a": 1}}
+    common.save_checkpoint(run, {"policy": model}, optimizer, kept | {"last": deque([1]), "mean": numpy.float64(1), "table": numpy.ones(2)})
+    said = capsys.readouterr().out
+    assert all(f"warning: state['{key}'] is left out of checkpoints" in said for key in ("last", "mean", "table"))
+    optimizer = torch.optim.SGD(model.parameters())
+    assert str(common.load_checkpoint(run, {"policy": model}, optimizer, prompts)) == str(kept)
+    assert str(optimizer.state[model.weight]) == str({"step": 7, "sum": torch.ones(1, 2)})
+
+
 def test_damaged_newer_checkpoints_do_not_count_as_kept(stopped):
     flip(stopped / "checkpoints" / "step-000004" / "state.pt")
     seen = []
@@ -592,14 +610,15 @@ def test_a_final_model_with_an_adapter_that_is_not_merged_is_told(materials, tmp
     class Adapted(torch.nn.Module):
         def __init__(self, layer):
             super().__init__()
-            self.base_layer = layer
+            self.layer, self.b = layer, torch.nn.Parameter(torch.zeros(3))
 
     tokenizer, run = common.tiny_tokenizer(), helpers.make_run()
-    model, run.folder = common.tiny_model(tokenizer, seed=1), tmp_path
+    run.folder, run.args.resume = tmp_path, "a run, so that no warm start is needed"
+    model, _ = common.load_policy(run.args, run, tokenizer)
     common.save_final(run, model, tokenizer)
     assert "adapter" not in capsys.readouterr().out
     attention = model.base_model.layers[0].self_attn
     attention.o_proj = Adapted(attention.o_proj)
     shutil.rmtree(tmp_path / "final")
     common.save_final(run, model, tokenizer)
-    assert "merge it before save_final" in capsys.readouterr().out
+    assert "merge an adapter before save_final" in capsys.readouterr().out

@@ -613,6 +613,9 @@ def test_which_tokens_end_a_step():
     table, ends = common.dense_table([[None, 0.0, 2.0], None, [3.0]], rollout)
     assert table.tolist() == [[0, 0, 2], [0, 0, 0], [3, 0, 0]]
     assert ends.tolist() == [[False, True, True], [False] * 3, [True, False, False]]
+    rollout.leave_out(torch.tensor([True, False, False]))
+    table, ends = common.dense_table([[None, 0.0, 2.0], None, [3.0]], rollout)
+    assert table.tolist() == [[0, 0, 0], [0, 0, 0], [3, 0, 0]] and ends.sum(dim=1).tolist() == [0, 0, 1]
 
 
 def test_numbers_of_any_library_are_taken():
