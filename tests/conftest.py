@@ -33,3 +33,33 @@ def run():
     import helpers
 
     return helpers.make_run()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """The built-in model with random weights, as a user's own directory: no warm start, milliseconds a step."""
+    import common
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = common.tiny_tokenizer()
+    common.tiny_model(tokenizer, 0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Call of a script in this process with a command line: its exit status. The working folder is an empty one."""
+    import common
+    import grpo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "matrix_rate", lambda *_: 1e9)  # to measure it takes longer than these runs
+
+    def call(*argv, module=grpo):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            common.run_script(module.main, module.Args)
+        return end.value.code
+
+    return call

@@ -15,6 +15,7 @@ import ppo
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"grpo": grpo, "ppo": ppo}
+SHORT = "--dataset addition --steps 2 --prompts-per-step 4 --group-size 2 --max-new-tokens 4 --eval-prompts 4 --device cpu".split()
 
 REWARDS = '''
 import os, random, signal
@@ -41,6 +42,10 @@ def digits(completions, answer, completion_ids, **_):
     return [sum(text.count(digit) for digit in want) / (1 + len(text)) + noise * i
             for i, (text, want) in enumerate(zip(completions, answer))]
 
+def uneven(completions, answer, completion_ids, **_):
+    """The same score, but the same one for all answers to about half of the prompts, which dynamic sampling replaces."""
+    return [0.25 if want[0] in "02468" else score for score, want in zip(digits(completions, answer, completion_ids), answer)]
+
 def lists(completions, answer, completion_ids, **_):
     """The same score, for a few prompts in two parts; writes down whether this process has such a prompt."""
     scores = digits(completions, answer, completion_ids)
@@ -64,11 +69,13 @@ def make_materials(folder):
 def arguments(materials, script, output, **changed):
     """The command line of a run of 3 steps; a learning rate of 1e-4, since Adam magnifies rounding in gradients near 0."""
     flags = dict(model=materials / "model", dataset=materials / "prompts.jsonl", output_dir=output, device="cpu")
-    flags |= dict(reward=f"{materials / 'rewards.py'}:digits", max_new_tokens=12, micro_batch_tokens=64)
+    flags |= dict(reward="digits", max_new_tokens=12, micro_batch_tokens=64)
     flags |= dict(steps=3, prompts_per_step=8, update_epochs=2, num_minibatches=2, eval_every=0, eval_prompts=4)
     flags |= dict(learning_rate=1e-4, warmup_steps=0)
     flags |= dict(group_size=4) if script == "grpo" else dict(samples_per_prompt=4, critic_learning_rate=1e-4)
-    return [text for name, value in (flags | changed).items() for text in ("--" + name.replace("_", "-"), str(value))]
+    flags |= changed
+    flags["reward"] = flags["reward"] if ":" in flags["reward"] else f"{materials / 'rewards.py'}:{flags['reward']}"
+    return [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), str(value))]
 
 
 def run_here(script, argv):

@@ -11,8 +11,9 @@ import helpers
 import runs
 
 CASES = {"grpo": {"loss": "grpo"}, "grpo dapo": {"loss": "dapo", "num_minibatches": 1}, "ppo": {}}
-CASES["grpo lists"] = {"reward": "rewards.py:lists"}
-CASES["grpo dynamic"] = {"dynamic_sampling": True}
+CASES["grpo lists"] = {"reward": "lists"}
+CASES["grpo dynamic"] = {"reward": "uneven", "dynamic_sampling": True}
+CASES["ppo control"] = {"kl_target": 0.001, "kl_horizon": 50}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,6 @@ def one_and_two(request, materials):
     """The same run of three steps in one process and in two: (script, folder, folder)."""
     script, folders = request.param.split()[0], [materials / f"{request.param} {n}" for n in (1, 2)]
     flags = dict(CASES[request.param], save_every=2)
-    flags |= {"reward": materials / flags["reward"]} if "reward" in flags else {}
     assert runs.run_here(script, runs.arguments(materials, script, folders[0], **flags)) == 0
     (materials / "tokens.txt").unlink()
     result = runs.launch(script, runs.arguments(materials, script, folders[1], **flags), processes=2)
@@ -39,6 +39,13 @@ def test_weights_equal_those_of_one_process(materials, one_and_two):
     tokens = [line.split() for line in (materials / "tokens.txt").read_text().splitlines()]
     assert [n for rank, n in tokens if rank == "0"] != [n for rank, n in tokens if rank == "1"]  # uneven lengths
     assert runs.largest_difference(one, two) < 1e-6
+
+
+@pytest.mark.parametrize("one_and_two", ["grpo dynamic"], indirect=True)
+def test_dynamic_sampling_replaces_groups_in_both_processes(one_and_two):
+    for folder in one_and_two[1:]:
+        replaced = runs.scalars(folder)["reward/resampled_groups"]
+        assert sum(replaced.values()) > 3 * 4  # more than one process has prompts
 
 
 @pytest.mark.parametrize("one_and_two", ["grpo lists"], indirect=True)
@@ -75,8 +82,9 @@ def test_run_started_on_one_resumes_on_two(one_and_two, tmp_path):
 @pytest.mark.parametrize("one_and_two", ["grpo", "grpo dynamic"], indirect=True)
 def test_error_of_one_process_ends_all_with_one_line_and_costs_no_step(materials, one_and_two, tmp_path):
     script, _, two = one_and_two
-    argv = runs.arguments(materials, script, tmp_path / "run", dynamic_sampling="dynamic" in two.name)
-    result = runs.launch(script, argv, processes=2, act="error at call 3")
+    case, call = ("grpo dynamic", 8) if "dynamic" in two.name else ("grpo", 3)  # both in the second step
+    argv = runs.arguments(materials, script, tmp_path / "run", **CASES[case])
+    result = runs.launch(script, argv, processes=2, act=f"error at call {call}")
     assert result.stdout.count("grpo.py: error: reward") == 1, result.stdout
     assert "on the last process alone" in result.stdout and "the steps before are saved; to go on: " in result.stdout
     assert result.stdout.count("exitcode  : 2 ") == 2, result.stdout  # torchrun's report of its two processes

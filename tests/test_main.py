@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 import grpo
 import ppo
+from runs import SHORT
 
 ROOT = Path(__file__).parents[1]
 STEPS = 30
@@ -143,34 +144,6 @@ def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(finished)
 
 
 # ---------------------------------------------------------------- what a run computes and what it does not
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    """The built-in model with random weights, as a user's own directory: no warm start, milliseconds a step."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = common.tiny_tokenizer()
-    common.tiny_model(tokenizer, 0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def script(monkeypatch, tmp_path):
-    """Call of a script in this process with a command line: its exit status. The working folder is an empty one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "matrix_rate", lambda *_: 1e9)  # to measure it takes longer than these runs
-
-    def call(*argv, module=grpo):
-        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
-        with pytest.raises(SystemExit) as end:
-            common.run_script(module.main, module.Args)
-        return end.value.code
-
-    return call
-
-
-SHORT = "--dataset addition --steps 2 --prompts-per-step 4 --group-size 2 --max-new-tokens 4 --eval-prompts 4 --device cpu".split()
 
 
 def counted(monkeypatch, name):

@@ -33,7 +33,7 @@ import runs
 # Together they cover what a checkpoint has to hold: optimiser and schedule, the KL controller, a stream of prompts that
 # dynamic sampling moves on unevenly, and all random states (the reward draws noise from two of them).
 FLAGS = {
-    "grpo": dict(steps=5, save_every=2, dynamic_sampling=True, num_minibatches=1, warmup_steps=3),
+    "grpo": dict(steps=5, save_every=2, reward="uneven", dynamic_sampling=True, num_minibatches=1, warmup_steps=3),
     "ppo": dict(steps=5, save_every=2, kl_target=0.01, kl_horizon=50, warmup_steps=3),
 }
 
@@ -50,6 +50,7 @@ def undisturbed(materials):
         patch.setenv("NOISE", "1")
         for script in ("grpo", "ppo"):
             assert runs.run_here(script, runs.arguments(materials, script, materials / script, **FLAGS[script])) == 0
+    assert all(runs.scalars(materials / "grpo")["reward/resampled_groups"].values())  # in every step
     return {script: materials / script for script in ("grpo", "ppo")}
 
 
@@ -99,8 +100,8 @@ def test_stopped_run_resumes_to_the_same_bits(script, name, status, materials, u
 
 @pytest.mark.parametrize("script", ["grpo", "ppo"])
 def test_reward_function_that_fails_costs_no_step(script, materials, undisturbed, tmp_path, monkeypatch):
-    """Not even without --save-every."""
-    monkeypatch.setenv("ACT", "error at call 4")
+    """Not even without --save-every. In GRPO at a call of dynamic sampling, of which there are up to three a step."""
+    monkeypatch.setenv("ACT", f"error at call {12 if script == 'grpo' else 4}")
     argv = runs.arguments(materials, script, tmp_path / "run", **FLAGS[script] | {"save_every": 0})
     with pytest.raises(common.UserError, match="on the last process alone.*; the steps before are saved; to go on: "):
         runs.run_here(script, argv)
