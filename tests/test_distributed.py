@@ -79,6 +79,38 @@ def test_run_started_on_one_resumes_on_two(one_and_two, tmp_path):
     assert runs.largest_difference(one, tmp_path / "run") < 1e-6
 
 
+TWICE = f"""
+import os, random, shutil, sys
+sys.path.insert(0, {str(runs.ROOT)!r})
+import torch.distributed
+import common, grpo
+
+rank = int(os.environ["RANK"])
+
+def noise(completions, **_):  # of which the second process draws twice as much
+    return [sum(random.random() for _ in range(1 + rank)) for _ in completions]
+
+def twice(args):
+    assert grpo.main(args) == 0
+    if rank == 0:
+        shutil.copytree(args.output_dir, args.output_dir + "-resumed", ignore=shutil.ignore_patterns("final"))
+    torch.distributed.barrier()
+    return grpo.main(common.parse_args(grpo.Args, ["--resume", args.output_dir + "-resumed"]))
+
+if __name__ == "__main__":
+    common.run_script(twice, grpo.Args)
+"""
+
+
+def test_every_process_resumes_with_random_states_of_its_own(materials, tmp_path):
+    """Where they differ, since the reward functions of one process have drawn more than those of the other."""
+    (tmp_path / "twice.py").write_text(TWICE)
+    argv = runs.arguments(materials, "grpo", tmp_path / "run", reward=tmp_path / "twice.py:noise", save_every=2)
+    result = runs.launch(str(tmp_path / "twice"), argv, processes=2)
+    assert result.returncode == 0 and "resuming after step 2" in result.stdout, result.stdout
+    assert runs.largest_difference(tmp_path / "run", tmp_path / "run-resumed") < 1e-6
+
+
 @pytest.mark.parametrize("one_and_two", ["grpo", "grpo dynamic"], indirect=True)
 def test_error_of_one_process_ends_all_with_one_line_and_costs_no_step(materials, one_and_two, tmp_path):
     script, _, two = one_and_two

@@ -628,6 +628,18 @@ def test_draw_never_takes_a_token_of_probability_zero(uniform, vocabulary, draw)
     assert tokens[0] == vocabulary - 1 and tokens[1] == 0 and tokens[5] == vocabulary // 3
 
 
+def test_the_share_of_a_weight_stays_within_0_and_1():
+    """Else it would be no random number for what that weight holds. Shares by hand, and such as rounding puts outside."""
+    shares = torch.tensor([[0.0], [0.125], [0.25], [0.5], [0.9375]])
+    index, rest = common.invert(torch.tensor([[2.0, 0.0, 1.0, 5.0]]).expand(5, 4), shares)
+    assert index[:, 0].tolist() == [0, 0, 2, 3, 3] and rest[:, 0].tolist() == pytest.approx([0.0, 0.5, 0.0, 0.2, 0.9])
+    before_a_border = torch.tensor([[0.25]], dtype=torch.float64).nextafter(torch.zeros(()))
+    index, rest = common.invert(torch.tensor([[1.0, 3.0]]), before_a_border)
+    assert int(index) == 0 and float(rest.float()) < 1  # which would be 1, as 1 - 2**-53 is in float32
+    index, rest = common.invert(torch.tensor([[1.0, 0.75 * 2.0**-52]]), torch.tensor([[1 - 2.0**-53]], dtype=torch.float64))
+    assert int(index) == 1 and float(rest) == 0  # the sum is rounded up, so that the share would be -1/3
+
+
 # ---------------------------------------------------------------- what the project does not run is refused
 
 
@@ -842,6 +854,19 @@ def test_logprobs_of_a_whole_rollout_do_not_depend_on_micro_batches(llama):
         assert not got.requires_grad
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_is_computed_in_the_precision_of_dtype(dtype):
+    model, run, seen = helpers.make_model("llama"), helpers.make_run(dtype=dtype, micro_batch_tokens=20), []
+
+    def loss_of(batch):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")))
+        return common.completion_logprobs(model, batch, 1.0).sum()
+
+    common.accumulate_gradients(run, loss_of, helpers.ragged_rollout()[0], [model])
+    assert len(seen) > 1 and set(seen) == {(True, torch.bfloat16) if dtype == "bfloat16" else (False, False)}
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -875,6 +900,30 @@ def test_metrics_of_scores_far_from_0_of_equal_ones_and_of_none(run):
     assert got["reward/all"] == pytest.approx(1000, abs=0.1) and math.isnan(got["reward/never"])
     assert metrics(torch.full((64,), 0.1))["reward/std"] == 0.0
     assert math.isnan(metrics(none)["reward/std"]) and math.isnan(metrics(none)["reward/mean"])
+
+
+def test_skipped_updates_are_those_of_one_step(run):
+    rollout, seen = common.rollout_of([[2, 3]] * 4, [[3, 1]] * 4, CPU), []
+    rollout.scores, run.skipped_updates = torch.arange(4.0), 3
+    for _ in range(2):
+        run.seconds = {"rollout": 1.0, "update": 1.0}
+        scores = common.Scores(rollout.scores, {}, [], False, {}, {})
+        seen.append(common.step_metrics(run, rollout, scores, common.Means(), [])["losses/skipped_updates"])
+    assert seen == [3, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # with one matrix for embeddings and head, and with two
+def test_operations_of_an_update_by_hand(family):
+    """A layer has matrices for 4 heads, 2 of keys and 2 of values, and an MLP; embeddings are looked up. Biases do not count."""
+    model, (rollout, _, _) = helpers.make_model(family), helpers.ragged_rollout()
+    layers = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24)
+    prompts, completions = 3 + 8 + 1, 1 + 6 + 4 + 2 + 9 + 3  # each prompt once
+    policy = 6 * ((prompts + completions) * layers + completions * 16 * helpers.VOCABULARY)
+    assert common.update_flops([model], rollout) == policy
+    critic = common.Critic(copy.deepcopy(model.base_model))
+    assert common.update_flops([critic], rollout) == 6 * (prompts + completions) * layers  # its head is a single column
+    assert common.update_flops([model, critic], rollout) == policy + 6 * (prompts + completions) * layers
+    assert common.update_flops([], rollout) == 0
 
 
 def test_mean_and_variance_over_a_mask_ignore_what_is_outside(run):
@@ -940,6 +989,21 @@ def test_gradient_norm_is_clipped_and_reported_as_it_was(run):
     layer.weight.grad = torch.tensor([[30.0, 40.0]])
     assert float(common.clip_and_step(run, [layer], optimizer)) == pytest.approx(50.0)
     torch.testing.assert_close(before - layer.weight.detach(), torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
+
+
+def test_every_models_gradient_is_looked_at_and_the_norm_of_the_first_is_reported():
+    """Each model is clipped on its own; one that is not finite stops all, and a finite one ends the count of 5 in a row."""
+    run = helpers.make_run(max_grad_norm=0.5)
+    layers = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": layer.parameters()} for layer in layers], lr=1.0)
+    for bad in (False, True, True, True, True, False, True):
+        before = [layer.weight.item() for layer in layers]
+        layers[0].weight.grad, layers[1].weight.grad = torch.tensor([[3.0]]), torch.tensor([[math.nan if bad else 4.0]])
+        assert common.clip_and_step(run, layers, optimizer) == 3.0
+        moved = [b - layer.weight.item() for b, layer in zip(before, layers)]
+        assert moved == pytest.approx([0.0, 0.0] if bad else [0.5, 0.5], abs=1e-5)
+        assert all(layer.weight.grad is None for layer in layers)
+    assert run.skipped_updates == 5
 
 
 def test_weights_that_no_optimiser_has_count_in_no_norm_and_keep_no_gradient(run):

@@ -221,6 +221,28 @@ def test_reward_model_without_a_pad_token_scores_several_completions_at_once(tmp
             assert score == pytest.approx(judge.eval()(torch.tensor([[WORDS.index(c) for c in text]])).logits.item(), abs=1e-5)
 
 
+def test_reward_model_scores_all_of_many_completions_of_one_length(tmp_path):
+    """It takes a few dozen at a time."""
+    judge = transformers.AutoModelForSequenceClassification.from_config(transformers.LlamaConfig(**helpers.SIZES, num_labels=1))
+    judge.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, eos_token="<end>")
+    args = common.parse_args(grpo.Args, ["--reward-model", str(tmp_path), "--device", "cpu"])
+    texts = ["".join(WORDS[5 + (i * k) % 24] for k in (1, 5, 7)) for i in range(70)] + ["ab", "cd"]
+    got = common.load_reward_model(args, common.Run(args))(prompts=[text[:1] for text in texts], completions=[text[1:] for text in texts])
+    assert len(set(got)) > 20
+    for text, score in zip(texts, got, strict=True):
+        assert score == pytest.approx(judge.eval()(torch.tensor([[WORDS.index(c) for c in text]])).logits.item(), abs=1e-5)
+
+
+def test_reward_model_with_several_labels_is_refused(tmp_path):
+    config = transformers.LlamaConfig(**helpers.SIZES, num_labels=2)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, eos_token="<end>")
+    args = common.parse_args(grpo.Args, ["--reward-model", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(common.UserError, match=f"^--reward-model {tmp_path}: has 2 labels; a reward is a single number$"):
+        common.load_reward_model(args, common.Run(args))
+
+
 TURNS = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% if not loop.last %}e{% endif %}{% endfor %}"
 STRICT = (
     "{% for m in messages %}{% if m.role != ['user', 'assistant'][loop.index0 % 2] %}"
@@ -420,6 +442,19 @@ def test_all_that_transformers_says_of_an_error_is_said_on_one_line(tmp_path, mo
 def test_critic_starts_from_another_model(tmp_path, texts, reward_file):
     model, critic = save_model(tmp_path / "model"), save_model(tmp_path / "critic", "qwen2")
     train(ppo, tmp_path, "--model", model, "--dataset", texts, "--reward", f"{reward_file}:many_b", "--critic-model", critic)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_gradient_checkpointing_acts_on_policy_and_critic(asked, tmp_path):
+    """On a critic of its own and on one that starts from the policy, on the built-in model and on others."""
+    folders = [save_model(tmp_path / "model"), save_model(tmp_path / "critic", "qwen2")]
+    for model, critic in (("tiny", None), (folders[0], None), folders):
+        args = ppo.Args(model=model, critic_model=critic, gradient_checkpointing=asked, device="cpu", resume="a run, so without warm start")
+        run, (tokenizer, _) = helpers.make_run(), common.load_tokenizer_and_config(args)
+        policy, _ = common.load_policy(args, run, tokenizer)
+        for learner in (policy, common.load_critic(args, run, policy)):
+            layers = [module for module in learner.modules() if isinstance(module, common.GradientCheckpointingLayer)]
+            assert len(layers) == 2 and all(layer.gradient_checkpointing == asked for layer in layers)
 
 
 def test_pass_at_k_is_reported_for_powers_of_two(tmp_path, texts, reward_file):

@@ -343,6 +343,17 @@ def test_a_chat_that_the_model_cannot_take_is_named_by_its_place_but_not_for_the
         assert str(error.value).startswith(said)
 
 
+def test_the_longest_prompt_and_its_completion_may_fill_the_models_positions():
+    prompts = [common.Prompt([2] * n, "p", {}) for n in (3, 8, 5)]
+    config = transformers.LlamaConfig(vocab_size=3, max_position_embeddings=20)
+    common.check_model_takes(prompts, types.SimpleNamespace(max_new_tokens=12), config, "m")
+    with pytest.raises(common.UserError, match="^--max-new-tokens 13: with a prompt of 8 more than the 20 positions of m$"):
+        common.check_model_takes(prompts, types.SimpleNamespace(max_new_tokens=13), config, "m")
+    config.vocab_size = 2
+    with pytest.raises(common.UserError, match="^m: the tokenizer gives token 2, and the model has only 2: "):
+        common.check_model_takes(prompts, types.SimpleNamespace(max_new_tokens=12), config, "m")
+
+
 # ---------------------------------------------------------------- split and order
 
 
@@ -361,6 +372,31 @@ def test_held_out_split_of_a_few_rows_is_the_rows():
     rows = [{"prompt": str(i)} for i in range(9)]
     assert common.held_out_split(rows, 500, 1) == (rows, rows)
     assert common.held_out_split(rows * 2, 12, 1) == (rows * 2, (rows * 2)[:12])
+
+
+@pytest.mark.parametrize(("rows", "distinct", "said"), [(9, 9, True), (30, 9, True), (10, 10, False), (30, 10, False)])
+def test_that_no_prompts_are_held_out_is_said(rows, distinct, said, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", *({"prompt": f"a{i % distinct}", "answer": 1} for i in range(rows)))
+    run, config = helpers.make_run(model="m", dataset=path), transformers.LlamaConfig(vocab_size=50)
+    split = common.load_train_and_eval_rows(run.args, *common.load_all_rewards(run.args, run))
+    common.tokenize_train_and_eval(run.args, run, make_tokenizer(), config, *split)
+    out = capsys.readouterr().out
+    assert ("none are held out" in out) == said
+    assert not said or f"warning: with {rows} prompts none are held out: evaluation is on training prompts\n" in out
+
+
+def test_rows_to_evaluate_on_are_checked_against_the_reward_that_evaluates(tmp_path):
+    """Those of --eval-dataset, where the rewards to train on ask less."""
+    train = write(tmp_path / "train.jsonl", *({"prompt": f"a{i}", "answer": "none"} for i in range(12)))
+    good, bad = {"prompt": "b", "answer": "#### 1"}, {"prompt": "c", "answer": "Paris"}
+    path = write(tmp_path / "eval.jsonl", good, good)
+    args = helpers.make_run(model="m", dataset=train, eval_dataset=path, reward=["format"], eval_reward="gsm8k").args
+    rewards = common.load_all_rewards(args, None)
+    assert common.load_train_and_eval_rows(args, *rewards)[1] == [good, good]
+    for line, named in ((bad, f"^{path}:2: reward gsm8k: no number in the answer 'Paris'"), ({"prompt": "b"}, "answer")):
+        write(tmp_path / "eval.jsonl", *([good, line] if line is bad else [line]))
+        with pytest.raises(common.UserError, match=named):
+            common.load_train_and_eval_rows(args, *rewards)
 
 
 def test_a_prompt_that_rows_repeat_is_held_out_with_all_of_them():
@@ -403,3 +439,12 @@ def test_stream_order_changes_with_epoch_and_seed():
     first = [prompt.ids[0] for prompt in stream_of(50).next(100)]
     assert first[:50] != first[50:] and first[:50] != list(range(50))
     assert [prompt.ids[0] for prompt in stream_of(50, seed=1).next(50)] != first[:50]
+
+
+def test_no_epoch_of_one_seed_has_the_order_of_another_epoch_of_another_seed():
+    """As with a seed that is the sum of both: runs with seeds one apart would see the same orders an epoch apart."""
+    orders = set()
+    for seed in (0, 1, 11):
+        taken = [prompt.ids[0] for prompt in stream_of(50, seed).next(12 * 50)]
+        orders |= {tuple(taken[start : start + 50]) for start in range(0, 600, 50)}
+    assert len(orders) == 3 * 12

@@ -381,6 +381,27 @@ def test_nothing_but_damaged_checkpoints(stopped):
     assert content(stopped) == before
 
 
+def test_a_digest_is_of_the_whole_file(tmp_path):
+    """Weights are longer than what is read of them at once."""
+    path, data = tmp_path / "weights", bytearray(3 * 2**20)
+    digests = set()
+    for changed in (None, 0, 2**20, len(data) - 1):
+        if changed is not None:
+            data[changed] ^= 1
+        path.write_bytes(data)
+        digests.add(common.file_digest(path))
+    assert len(digests) == 4
+
+
+def test_what_is_saved_of_a_model_are_parameters_and_buffers_that_persist():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1))
+    model.register_buffer("kept", torch.ones(1)), model.register_buffer("made_anew", torch.ones(1), persistent=False)
+    model.tied = model[0]
+    weights = common.weights_of(model)
+    norm = ["1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"]
+    assert sorted(weights) == sorted(["0.weight", "0.bias", *norm, "kept"]) and weights["kept"] is model.kept
+
+
 def test_checkpoint_is_no_place_for_code(stopped):
     """A manipulated state.pt, with a manifest that fits, is refused and runs nothing."""
     folder, mark = stopped / "checkpoints" / "step-000004", stopped / "mark"
@@ -436,6 +457,13 @@ def other_value(field, saved):
     if isinstance(saved, list) or saved is None:
         return "0.123" if "float" in str(field.type) else "3" if "int" in str(field.type) else "true" if "bool" in str(field.type) else "x"
     return str(saved + 1) if isinstance(saved, (int, float)) else f"other-{saved}"
+
+
+def test_only_these_flags_may_change():
+    """What enters the path of the training is not to be added here, and what does not is not to be lost."""
+    memory, speed = {"micro_batch_tokens", "gradient_checkpointing"}, {"device", "compile"}
+    watched = {"eval_every", "save_every", "keep_checkpoints", "log_samples", "reward_timeout"}
+    assert common.RESUME_MAY_CHANGE == {"resume"} | memory | speed | watched
 
 
 @pytest.mark.parametrize(("module", "script"), [(grpo, "grpo"), (ppo, "ppo")])

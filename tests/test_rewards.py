@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import signal
+import sys
 import textwrap
 import threading
 import time
@@ -386,6 +387,18 @@ def test_functions_may_spawn_processes_that_call_their_files_own(reward_file):
     assert run(common.load_rewards([f"{path}:lengths"]), ["a", "bcd"]).total.tolist() == [1.0, 3.0]
 
 
+def test_the_folder_of_a_reward_file_joins_the_search_path_behind_all_others(reward_file, tmp_path, monkeypatch):
+    """What lies beside it hides no library of that name."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "libraries"), *sys.path])
+    (tmp_path / "libraries").mkdir()
+    reward_file("WHERE = 'library'", "libraries/library_beside_rewards.py"), reward_file("WHERE = 'beside'", "library_beside_rewards.py")
+    code = "from library_beside_rewards import WHERE\ndef f(completions):\n    return [float(WHERE == 'library')] * len(completions)"
+    before = list(sys.path)
+    for name in ("importing_rewards.py", "others_beside_them.py"):
+        assert run(common.load_rewards([f"{reward_file(code, name)}:f"]), ["a"]).total.tolist() == [1.0]
+    assert sys.path == [*before, str(tmp_path)]
+
+
 def test_rewards_are_not_logged_under_names_that_other_numbers_have(reward_file):
     names = ["mean", "std", "frac_zero_std", "resampled_groups", "reward_model", "mean", "mean_2"]
     path = reward_file("\n".join(f"def {name}(completions): pass" for name in names))
@@ -489,6 +502,16 @@ def test_missing_column_is_named_before_and_during_a_run():
             check()
     with pytest.raises(common.UserError, match=r"reward f0 needs a column 'gold', .*\)$"):
         run([lambda completions, gold: [0.0]], ["a"])
+
+
+def test_a_keyword_without_default_is_a_column_that_has_to_be_there():
+    def demanding(completions, *, gold, level=1, **columns):
+        return [float(gold[0])] * len(completions)
+
+    with pytest.raises(common.UserError, match=r"^reward own needs a column 'gold', which the dataset lacks \(beside prompts it has level\)$"):
+        common.check_columns([common.Reward("own", demanding)], ["level"])
+    common.check_columns([common.Reward("own", demanding)], ["gold"])
+    assert run([demanding], ["a"], [common.Prompt([1], "p", {"gold": 3})]).total.tolist() == [3.0]
 
 
 def test_built_in_rewards_look_at_the_answers_before_a_run():
@@ -707,6 +730,20 @@ def test_time_limit_ends_a_slow_function_and_restores_the_handler():
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert run([lambda completions: [1.0]], ["a"], timeout=60).total.tolist() == [1.0]
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_time_limit_gives_a_timer_back_that_was_there_before():
+    """As of a notebook or a test runner that has a limit of its own."""
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        for limit in (5, 0):
+            signal.setitimer(signal.ITIMER_REAL, 100, 7)
+            assert run([lambda completions: signal.getitimer(signal.ITIMER_REAL)], ["a", "b"], timeout=limit).total[1] == (limit or 7)
+            left, interval = signal.getitimer(signal.ITIMER_REAL)
+            assert 90 < left <= 100 and interval == 7 and signal.getsignal(signal.SIGALRM) == signal.SIG_IGN
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_time_limit_is_left_out_in_other_threads():
