@@ -3623,7 +3623,7 @@ def dense_table(dense: list[list[float | None] | None], rollout: Rollout) -> tup
 def update_flops(models: list[nn.Module], rollout: Rollout) -> float:
     """Multiplications and additions that one epoch of updates needs: 6 for each weight of a matrix and token.
 
-    The attention products and what gradient checkpointing computes again are not counted.
+    The attention products and what gradient checkpointing computes again are not counted; of a mixture all experts are.
     """
     completion_tokens = int(rollout.lengths.sum())
     tokens = completion_tokens + int(rollout.prompt_lengths[distinct(rollout.prompt_index)[0]].sum())
