@@ -1705,7 +1705,7 @@ class Sampler:
 
     def replay(self, shape, greedy):
         """One step as a CUDA graph, captured the first time that its shape is seen."""
-        key = (*shape, greedy, self.temperature)
+        key = (*shape, greedy, self.temperature, self.model)
         if key not in self.graphs:
             # What a step changes, besides the cache cells of its own column, which it writes again.
             ours = [self.tokens, self.finished, self.cell, self.ids, self.logprobs, self.entropy]
