@@ -74,7 +74,7 @@ def arguments(materials, script, output, **changed):
     flags |= dict(learning_rate=1e-4, warmup_steps=0)
     flags |= dict(group_size=4) if script == "grpo" else dict(samples_per_prompt=4, critic_learning_rate=1e-4)
     flags |= changed
-    flags["reward"] = flags["reward"] if ":" in flags["reward"] else f"{materials / 'rewards.py'}:{flags['reward']}"
+    flags["reward"] = flags["reward"] if ":" in str(flags["reward"]) else f"{materials / 'rewards.py'}:{flags['reward']}"
     return [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), str(value))]
 
 
