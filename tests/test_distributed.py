@@ -10,10 +10,10 @@ import common
 import helpers
 import runs
 
-CASES = {"grpo": {"loss": "grpo"}, "grpo dapo": {"loss": "dapo", "num_minibatches": 1}, "ppo": {}}
+CASES = {"grpo": {"loss": "grpo"}, "grpo dapo": {"loss": "dapo", "num_minibatches": 1}}
+CASES["ppo"] = {"kl_target": 0.001, "kl_horizon": 50}
 CASES["grpo lists"] = {"reward": "lists"}
 CASES["grpo dynamic"] = {"reward": "uneven", "dynamic_sampling": True}
-CASES["ppo control"] = {"kl_target": 0.001, "kl_horizon": 50}
 
 
 @pytest.fixture(scope="module")
