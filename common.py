@@ -654,6 +654,9 @@ class Run:
             "most groups have equal scores; take easier or harder prompts, or a larger --group-size": (
                 equal > 0.8 and metrics["reward/std"] > 0
             ),
+            "losses/policy_loss or objective/kl is no number: some log-probs or advantages are NaN, and teach nothing":
+                not math.isnan(metrics["reward/mean"])
+                and any(math.isnan(metrics.get(name, 0.0)) for name in ("losses/policy_loss", "objective/kl")),
             "the policy is more than 1 nat a token from the reference; raise --kl-coef or lower --learning-rate":
                 metrics.get("objective/kl_seq", 0.0) > metrics["completions/mean_length"],
         }  # fmt: skip
@@ -710,8 +713,8 @@ class Rollout:
     lengths: Tensor  # (B,) valid tokens of each completion
     truncated: Tensor  # (B,) True where no end token was sampled
     sampler_logprobs: Tensor  # (B, C) of the sampled tokens, as the sampler saw them
-    sampler_entropy: Tensor  # (B, C) of the distributions they were drawn from; 0 where the sampler is not exact
-    temperature: float | None = None  # at which they were sampled
+    sampler_entropy: Tensor  # (B, C) of the distributions they were drawn from; NaN where the sampler is not exact
+    temperature: float | None = None  # at which a `Sampler` has sampled them
     scores: Tensor | None = None  # (B,)
     advantages: Tensor | None = None  # (B, 1) in GRPO, (B, C) in PPO
     old_logprobs: Tensor | None = None  # (B, C)
@@ -1045,7 +1048,8 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
     vocabulary head runs on the valid completion tokens only, some at a time, so that no (B, T, V) tensor exists.
 
     from_sampler: `model` is still what sampled `batch`, in float32; then the numbers are those that the sampler saw,
-    and only their gradient is computed. Saves one of the four products with the vocabulary's weight.
+    and only their gradient is computed. Saves one of the four products with the vocabulary's weight. Of given tokens
+    (`rollout_of`), which no sampler saw, it computes both.
     """
     embedding, head, slots = model.get_input_embeddings(), model.get_output_embeddings(), batch.slots()
     (tokens, layout), weight, embedded = flat_row(batch), head.weight, None
@@ -1056,7 +1060,8 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
     states = flat_forward(model, tokens, layout.positions, layout, embedded).index_select(0, layout.predictors)
     targets = batch.completion_ids.flatten()[slots]
     scale = logit_scale(model) / temperature
-    known = [x.flatten()[slots] for x in (batch.sampler_logprobs, batch.sampler_entropy)] if from_sampler else None
+    was_sampled = from_sampler and batch.temperature is not None
+    known = [x.flatten()[slots] for x in (batch.sampler_logprobs, batch.sampler_entropy)] if was_sampled else None
     logprobs, entropy = HeadLogprobs.apply(states, weight, head.bias, targets, scale, with_entropy, known)
     logprobs = from_slots(logprobs, slots, batch.completion_ids.shape)
     return (logprobs, from_slots(entropy, slots, batch.completion_ids.shape)) if with_entropy else logprobs
@@ -1760,7 +1765,7 @@ class Sampler:
             lengths=lengths,
             truncated=~is_end.any(dim=1),
             sampler_logprobs=self.logprobs[:B, :C].clone(),
-            sampler_entropy=self.entropy[:B, :C].clone(),
+            sampler_entropy=self.entropy[:B, :C].clone() if self.is_exact else self.entropy.new_full((B, C), math.nan),
             temperature=self.temperature,
         )
         if not self.is_cuda:
@@ -3566,8 +3571,10 @@ def logprobs_without_gradient(run, model, rollout: Rollout) -> Tensor:
 
 
 def old_logprobs(run, sampler, policy, rollout: Rollout) -> Tensor:
-    """Log-probs under the policy that sampled: the sampler's own, or a pass of the trainer's where they are less precise."""
-    return rollout.sampler_logprobs if sampler.is_exact else logprobs_without_gradient(run, policy, rollout)
+    """Log-probs under the policy that sampled: the sampler's own, or a pass of the trainer's where these are less precise,
+    or the tokens were given (`rollout_of`)."""
+    was_sampled = rollout.temperature is not None
+    return rollout.sampler_logprobs if sampler.is_exact and was_sampled else logprobs_without_gradient(run, policy, rollout)
 
 
 def values_without_gradient(run, critic: Critic, rollout: Rollout) -> Tensor:
@@ -3591,7 +3598,7 @@ class Means:
         """Count the numbers x (those under the mask, to whose shape x is expanded), each with the same weight."""
         x = torch.as_tensor(x, dtype=torch.float32).detach()
         mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-        self.sums[name] = self.sums[name] + torch.stack([torch.where(mask, x, 0.0).sum(), mask.sum()])
+        self.sums[name] = self.sums[name] + torch.stack([torch.where(mask, x.expand(mask.shape), 0.0).sum(), mask.sum()])
 
     def reduce(self, run) -> dict[str, float]:
         sums = {name: pair.tolist() for name, pair in self.sums.items()}
@@ -3603,6 +3610,7 @@ class Means:
 
 def mean_and_variance(run, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sample variance of x, (B,) or (B, C), over a mask of the same shape in all processes."""
+    x = x.expand(mask.shape)  # fails for (B, 1) and (B,), which would make a table (B, B)
     count, total = run.sum(mask.sum(), torch.where(mask, x, 0.0).sum())
     mean = total / max(count, 1)
     squares = run.sum(torch.where(mask, x - mean, 0.0).square().sum())[0]

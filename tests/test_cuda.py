@@ -120,7 +120,7 @@ def assert_same_rollouts(got, want, tolerance=1e-4):
     assert torch.equal(got.completion_ids, want.completion_ids)
     assert torch.equal(got.truncated, want.truncated)
     torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, atol=tolerance, rtol=0)
-    torch.testing.assert_close(got.sampler_entropy, want.sampler_entropy, atol=tolerance, rtol=0)
+    torch.testing.assert_close(got.sampler_entropy, want.sampler_entropy, atol=tolerance, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mixtral", "mistral_window", *helpers.WIDE])

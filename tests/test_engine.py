@@ -902,6 +902,18 @@ def test_metrics_of_scores_far_from_0_of_equal_ones_and_of_none(run):
     assert math.isnan(metrics(none)["reward/std"]) and math.isnan(metrics(none)["reward/mean"])
 
 
+def test_a_mean_over_a_mask_of_another_shape_is_no_table(run):
+    """Numbers (B, 1), as GRPO's advantages are, count as they are under a mask (B, C), and are refused under one (B,)."""
+    x, means = torch.arange(3.0)[:, None], common.Means()
+    mask = torch.tensor([[True, True], [False, False], [True, False]])
+    means.add("x", x, mask)
+    assert means.reduce(run)["x"] == pytest.approx(2 / 3)
+    assert float(common.mean_and_variance(run, x, mask)[0]) == pytest.approx(2 / 3)
+    for wrong in (lambda: means.add("y", x, mask[:, 0]), lambda: common.mean_and_variance(run, x, mask[:, 0])):
+        with pytest.raises(RuntimeError, match="expand"):
+            wrong()
+
+
 def test_skipped_updates_are_those_of_one_step(run):
     rollout, seen = common.rollout_of([[2, 3]] * 4, [[3, 1]] * 4, CPU), []
     rollout.scores, run.skipped_updates = torch.arange(4.0), 3

@@ -23,6 +23,8 @@ ADVICE = [
     ({"reward/mean": math.nan, "reward/std": math.nan}, "no reward function applied to any completion (all gave None)"),
     ({"reward/std": 0.0, "reward/frac_zero_std": 1.0}, "all scores are equal, so nothing is learned; unless all answers are"),
     ({"reward/frac_zero_std": 0.81}, "most groups have equal scores; take easier or harder prompts, or a larger --group-size\n"),
+    ({"losses/policy_loss": math.nan}, "losses/policy_loss or objective/kl is no number"),
+    ({"objective/kl": math.nan}, "losses/policy_loss or objective/kl is no number"),
     ({"objective/kl_seq": 9.1}, "the policy is more than 1 nat a token from the reference; raise --kl-coef or lower"),
 ]
 

@@ -307,6 +307,31 @@ def test_a_sampler_in_bfloat16_is_refreshed_and_corrected_for(train, module, upd
     assert loss == pytest.approx(float(want), rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("module", [grpo, ppo])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_completions_from_elsewhere_teach_the_same_as_sampled_ones(train, module, updates, monkeypatch, capsys):
+    """Given as token ids alone: the old policy's log-probs are the trainer's own, and what is not known is said."""
+    flags = f"--update-epochs {updates} --num-minibatches 1 --reward rewards.py:length --learning-rate 0.01 --output-dir"
+    want = train(module, f"{flags} sampled")
+    sample = common.Sampler.sample
+
+    def given(sampler, prompts, group_size, uniforms):
+        rollout = sample(sampler, prompts, group_size, uniforms)
+        if len(rollout) != 8 * 4:  # of check_model, or of an evaluation
+            return rollout
+        completions = [ids[:n].tolist() for ids, n in zip(rollout.completion_ids, rollout.lengths.tolist())]
+        return common.rollout_of([ids for ids in prompts for _ in range(group_size)], completions, "cpu", rollout.prompt_index.tolist())
+
+    monkeypatch.setattr(common.Sampler, "sample", given)
+    capsys.readouterr()
+    got = train(module, f"{flags} given")
+    for step in range(2):
+        for name in ("losses/policy_loss", "losses/approx_kl", "losses/entropy", "losses/grad_norm"):
+            assert got.metrics[step][name] == pytest.approx(want.metrics[step][name], rel=1e-3, abs=1e-5), (step, name)
+        assert math.isnan(got.metrics[step]["objective/kl"]) and want.metrics[step]["losses/grad_norm"] > 0
+    assert "losses/policy_loss or objective/kl is no number" in capsys.readouterr().out
+
+
 def test_dynamic_sampling_tries_as_often_as_it_may(train, monkeypatch):
     calls, sample = [], common.Sampler.sample
     monkeypatch.setattr(common.Sampler, "sample", lambda *args: calls.append(args[3] is None) or sample(*args))
