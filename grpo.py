@@ -409,7 +409,7 @@ def main(args: Args) -> int:
 
 def warn_of_process_supervision(run, rollout, scores):
     """Say which flags do not act on lists of rewards, and when these lists teach nothing although the scores differ."""
-    is_changed = not (rollout.scores.cpu() - scores.total).nan_to_num(0).eq(0).all()  # as --overlong-buffer does
+    is_changed = ((rollout.scores.cpu() - scores.total).abs() > 0).any()  # as --overlong-buffer does
     if run.args.advantage != "group" or not run.args.scale_rewards or is_changed:
         run.warn_once("--advantage, --no-scale-rewards and what changes rollout.scores do not act on lists of rewards")
     if run.args.loss == "gspo":

@@ -228,11 +228,10 @@ def main(args: Args) -> int:
     sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)
     common.check_model(run, policy, sampler, tokenizer)
     common.shard(run, policy)  # between the processes; nothing to do for one
-    learners = {"policy": policy} | ({"critic": critic} if critic else {})
-    learning_rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
-    parameters = [{"params": list(model.parameters()), "lr": learning_rates[name]} for name, model in learners.items()]
+    learners, learning_rates = [policy, critic] if critic else [policy], [args.learning_rate, args.critic_learning_rate]
+    parameters = [{"params": list(model.parameters()), "lr": rate} for model, rate in zip(learners, learning_rates)]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    models = learners | ({"reference": reference} if reference else {})
+    models = {"policy": policy} | ({"critic": critic} if critic else {}) | ({"reference": reference} if reference else {})
     state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0, "kl_coef": args.kl_coef}
     if args.compile:
         common.compile_layers(policy, reference, sampler.model, critic)
@@ -324,8 +323,8 @@ def main(args: Args) -> int:
                         loss = loss + args.value_coef * v_loss
                     return (loss * mask).sum() / max(tokens, 1)
 
-                common.accumulate_gradients(run, loss_of, minibatch, list(learners.values()), means)
-                means.add("losses/grad_norm", common.clip_and_step(run, list(learners.values()), optimizer))
+                common.accumulate_gradients(run, loss_of, minibatch, learners, means)
+                means.add("losses/grad_norm", common.clip_and_step(run, learners, optimizer))
 
         # ---- Log, evaluate, save: `means` average over the step, `metrics` are its single numbers ----
         if critic is not None:
@@ -338,7 +337,7 @@ def main(args: Args) -> int:
             k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
             means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
         means.add("objective/rlhf_reward", token_rewards.sum(dim=1), mask.any(dim=1))
-        metrics = common.step_metrics(run, rollout, scores, means, list(learners.values()))
+        metrics = common.step_metrics(run, rollout, scores, means, learners)
         metrics |= {"objective/kl_coef": state["kl_coef"], "charts/learning_rate": lr_share * args.learning_rate}
         if args.kl_target is not None and reference is not None:
             kl_seq, B = metrics["objective/kl_seq"], args.prompts_per_step * G
