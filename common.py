@@ -245,10 +245,14 @@ def run_script(main, Args):
     try:
         store = join_processes()
         status = main(parse_args(Args))
-    except (UserError, torch.cuda.OutOfMemoryError) as error:
+    except (UserError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        if not isinstance(error, UserError):  # outside of the micro-batches, which shrink by themselves
-            text = f"out of GPU memory: take fewer --prompts-per-step or --max-new-tokens ({one_line(error)})"
+        if not isinstance(error, UserError):
+            of_gpu = isinstance(error, torch.cuda.OutOfMemoryError)  # outside of the micro-batches, which shrink by themselves
+            if not of_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in text:
+                raise
+            advice = "take fewer --prompts-per-step, --max-new-tokens or --eval-samples"
+            text = f"out of {'GPU ' * of_gpu}memory: {advice} ({one_line(error)})"
         if store is None or store.add("errors", 1) == 1:  # of several processes the first one says it and ends all
             print(f"{script}: error: {text}", file=sys.stderr, flush=True)
             if store is not None:
@@ -390,7 +394,7 @@ class Run:
         self.last_line, self.latest, self.said = 0.0, {}, set()
         self.micro_batch_tokens = args.micro_batch_tokens
         self.leaves_template_unused = False  # by the prompts of a chat model
-        self.skipped_updates = self.skipped_in_a_row = 0  # in this step, and up to now
+        self.skipped_updates = self.skipped_in_a_row = 0  # in this step, and up to now; 5 in a row end the run
         self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
         # What TRL's reward functions read: steps done so far, and in all.
         self.trainer_state = types.SimpleNamespace(global_step=0, max_steps=args.steps)
@@ -567,11 +571,11 @@ class Run:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def must_stop(self) -> bool:
-        """Whether any process was told to stop; all processes get the same answer."""
+        """Whether any process was told to stop, or nothing is learned any more; all processes get the same answer."""
         number = self.max(self.stop_signal or 0)
         if number:
             self.stop_signal = number
-        return number > 0
+        return number > 0 or self.skipped_in_a_row >= 5
 
     # ---- what it says ----
 
@@ -587,10 +591,14 @@ class Run:
         return f"to go on: {launcher} {shlex.join(command)}"
 
     def say_stopped(self, step) -> int:
-        """How to go on after a signal; returns the exit status."""
+        """How to go on after a signal; returns the exit status. UserError where it was none."""
         self.close()
-        self.say(f"stopped after step {step}; {self.to_go_on()}")
+        if self.stop_signal:
+            self.say(f"stopped after step {step}; {self.to_go_on()}")
         self.gather(None)  # torchrun ends the other processes as soon as one has ended
+        if not self.stop_signal:
+            found = f"{self.skipped_in_a_row} gradients in a row were not finite: try a lower --learning-rate, or --dtype float32"
+            raise UserError(f"{found}; the weights are saved in {self.folder / 'checkpoints'}")
         return 128 + self.stop_signal
 
     def say_done(self, state) -> int:
@@ -3558,8 +3566,6 @@ def clip_and_step(run, models: list[nn.Module], *optimizers) -> Tensor:
     else:
         run.skipped_updates, run.skipped_in_a_row = run.skipped_updates + 1, run.skipped_in_a_row + 1
         run.warn("the gradient is not finite: this update is skipped")
-        if run.skipped_in_a_row == 5:
-            raise UserError("5 gradients in a row were not finite: try a lower --learning-rate, or --dtype float32")
     for owner in (*models, *optimizers):
         owner.zero_grad(set_to_none=True)  # sampling can use the memory
     return norms[0]

@@ -4,13 +4,14 @@
     python tests/bench_gpu.py --only machine checks          # parts by name
     python tests/bench_gpu.py --dry-run                      # everything at toy sizes on a CPU, to test this script
 
-Parts, the most wanted first; what the time does not allow is named as not run. `machine` measures the rate of a large bfloat16 matrix product and the bandwidth of a large copy (bytes
-read and written). `checks` compares a small model on the GPU with float64 on the CPU, while `tests` and `tests-compiled`
-run the test suite's GPU part. `decode` counts tokens a second for the shapes of Qwen2.5 with random weights, eight rows a
-prompt, against the floor of memory traffic: weights and every row's used cache, read once a step at the copy's bandwidth.
-(A prompt that rows share is read once for all of them, so this floor can be passed.) `generate` is transformers' own.
-`grpo-…`, `ppo-…` are whole steps of the scripts: prompts of 256 tokens, 32 x 8 completions of 512 (or fewer, with end
-tokens). `…-compiled` is the same with --compile. `trl` is TRL's step on the same.
+Parts, the most wanted first; what the time does not allow is named as not run. `machine` measures the rate of a large
+bfloat16 matrix product and the bandwidth of a large copy (bytes read and written). `checks` compares a small model on
+the GPU with float64 on the CPU, while `tests` and `tests-compiled` run the test suite's GPU part. `decode` counts
+tokens a second for the shapes of Qwen2.5 with random weights, eight rows a prompt, against the floor of memory traffic:
+weights and every row's used cache, read once a step at the copy's bandwidth. (A prompt that rows share is read once for
+all of them, so this floor can be passed.) `generate` is transformers' own. `grpo-…`, `ppo-…` are whole steps of the
+scripts: prompts of 256 tokens, 32 x 8 completions of 512 (or fewer, with end tokens). `…-compiled` is the same with
+--compile. `trl` is TRL's step on the same.
 
 Each part runs in a process of its own with a time limit: what fails or hangs is named in the table, and the rest goes on.
 MFU counts what the update must compute: 6 operations for each weight of a matrix and token, the vocabulary's only for

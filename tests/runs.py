@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -97,7 +98,9 @@ def launch(script, argv, processes=1, timeout=300, act="", **options):
     """A run in processes of its own, to its end; output and errors come together as text unless `options` say else."""
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) | options
     argv = command(script, argv, processes)
-    return subprocess.run(argv, env=environment(ACT=act), text=True, timeout=timeout, check=False, **options)
+    with tempfile.TemporaryDirectory() as folder:  # torchrun leaves a folder of logs
+        env = environment(ACT=act, TMPDIR=folder)
+        return subprocess.run(argv, env=env, text=True, timeout=timeout, check=False, **options)
 
 
 def final_weights(output):

@@ -983,13 +983,11 @@ def test_update_is_skipped_where_the_gradient_is_not_finite(run, capsys):
     layer = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     before = layer.weight.clone()
-    for attempt in range(5):
+    for _ in range(5):
+        assert not run.must_stop()
         layer.weight.grad, layer.bias.grad = torch.tensor([[math.nan, 1.0]]), torch.ones(1)
-        if attempt == 4:
-            with pytest.raises(common.UserError, match="not finite"):
-                common.clip_and_step(run, [layer], optimizer)
-        else:
-            assert common.clip_and_step(run, [layer], optimizer).isnan()
+        assert common.clip_and_step(run, [layer], optimizer).isnan()
+    assert run.must_stop()  # five in a row: nothing is learned any more
     assert torch.equal(layer.weight, before) and "skipped" in capsys.readouterr().out
     assert run.skipped_updates == 5  # what losses/skipped_updates shows
 
@@ -1014,7 +1012,7 @@ def test_every_models_gradient_is_looked_at_and_the_norm_of_the_first_is_reporte
         assert common.clip_and_step(run, layers, optimizer) == 3.0
         moved = [b - layer.weight.item() for b, layer in zip(before, layers)]
         assert moved == pytest.approx([0.0, 0.0] if bad else [0.5, 0.5], abs=1e-5)
-        assert all(layer.weight.grad is None for layer in layers)
+        assert all(layer.weight.grad is None for layer in layers) and not run.must_stop()
     assert run.skipped_updates == 5
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import helpers
 import pytest
@@ -591,6 +592,19 @@ def test_threads_that_a_reward_leaves_behind_do_not_keep_the_process(tmp_path):
     process = python(ROOT / "grpo.py", *flags, cwd=tmp_path)
     assert process.returncode == 2
     assert process.stderr == "grpo.py: error: reward judge took longer than --reward-timeout 1 seconds\n"
+
+
+def test_too_little_memory_is_one_line(script, tiny_folder, monkeypatch, capsys):
+    """Python's and PyTorch's own: numbers that no machine has room for. Other errors stay what they are."""
+    flags = ["--model", tiny_folder, "--dataset", "addition", "--max-new-tokens", "5", "--device", "cpu", "--eval-prompts", "2"]
+    assert script(*flags, "--eval-samples", 10**13) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("grpo.py: error: out of memory: take fewer --prompts-per-step, --max-new-tokens or --eval-samples (Runtime")
+    monkeypatch.setattr(common, "evaluate", mock.Mock(side_effect=[MemoryError(), RuntimeError("shapes do not match")]))
+    assert script(*flags) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--eval-samples (MemoryError)")
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        script(*flags)
 
 
 def test_the_number_of_processes_without_a_launcher_is_one_line(tmp_path):

@@ -6,6 +6,7 @@ KILLS=20 python -m pytest tests/test_resume.py -k killed    kills a run 20 times
 import dataclasses
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -153,13 +154,31 @@ def test_reward_function_that_fails_in_the_first_step_leaves_no_checkpoint(mater
     assert "saved" not in str(caught.value) and not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_five_gradients_in_a_row_that_are_not_finite_end_the_run_with_a_checkpoint(materials, tmp_path, monkeypatch):
+    """Four optimiser steps a rollout: from the first of step 2 on, so that the fifth is the first of step 3."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def fails_from_step_2(*arguments):
+        calls.append(clip(*arguments))
+        return calls[-1] if len(calls) <= 4 else torch.tensor(math.nan)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", fails_from_step_2)
+    with pytest.raises(common.UserError, match="^8 gradients in a row were not finite.* saved in .*checkpoints$"):
+        runs.run_here("grpo", runs.arguments(materials, "grpo", tmp_path / "run", steps=6))
+    monkeypatch.undo()
+    assert [path.name for path in common.checkpoints_of(tmp_path / "run")] == ["step-000003"]
+    assert runs.scalars(tmp_path / "run")["losses/skipped_updates"] == {1: 0.0, 2: 4.0, 3: 4.0}
+    assert runs.run_here("grpo", ["--resume", str(tmp_path / "run")]) == 0
+    assert runs.scalars(tmp_path / "run")["losses/skipped_updates"] == {1: 0.0, 2: 4.0, 3: 4.0, 4: 0.0, 5: 0.0, 6: 0.0}
+
+
 def test_a_notebook_gets_its_ctrl_c_back_after_an_error_in_the_update(materials, tmp_path, monkeypatch):
     def fails(*_):
-        raise common.UserError("5 gradients in a row were not finite")
+        raise common.UserError("out of GPU memory")
 
     monkeypatch.setattr(common, "clip_and_step", fails)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(common.UserError, match="not finite"):
+    with pytest.raises(common.UserError, match="out of GPU memory"):
         runs.run_here("ppo", runs.arguments(materials, "ppo", tmp_path / "run"))
     assert signal.getsignal(signal.SIGINT) is before
 
