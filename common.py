@@ -99,7 +99,7 @@ def explained_as(what: str, *kinds: type):
     """In the block an error of another library (of these kinds, or any) becomes the UserError "what: error"."""
     try:
         yield
-    except (UserError, torch.cuda.OutOfMemoryError):  # the latter goes on to who knows which flags need less memory
+    except (UserError, torch.cuda.OutOfMemoryError):  # the latter goes on to those who name the flags
         raise
     except kinds or Exception as error:
         raise UserError(f"{what}: {one_line(error)}") from error
@@ -118,7 +118,7 @@ def flag(default=None, help="", *, tiny=None, real=None, at_least=None, above=No
 
 
 def metadata_of(field) -> dict[str, Any]:
-    """What `flag` keeps of a field of `Args`; of a plain one, as in `name: float = 0.1`, that there are no bounds."""
+    """What `flag` has noted of a field of `Args`; for a plain one, as in `name: float = 0.1`: no bounds."""
     argument = {"action": "extend"} if callable(field.default_factory) else {}
     return {"argument": argument, "bounds": (None, None, None), "by_model": (None, None)} | field.metadata
 
@@ -188,7 +188,7 @@ def parse_args(Args, argv=None):
 
 
 def check_resumed(args):
-    """What Python made with `resume=...` has to be the run's own arguments, as those of a command line are by themselves."""
+    """Raises UserError unless an `Args(resume=...)` made in Python has the run's own arguments; `parse_args` sees to that itself."""
     saved = parse_args(type(args), ["--resume", args.resume])
     for f in dataclasses.fields(args):
         mine, its = getattr(args, f.name), getattr(saved, f.name)
@@ -442,10 +442,10 @@ class Run:
         return torch.rand(*shape, generator=generator)
 
     def minibatches(self, number: int, prompts: int) -> list[Tensor]:
-        """Random split of a rollout with so many prompts in each process into --num-minibatches parts: indices of its own.
+        """Random split of a rollout into --num-minibatches parts: which of this process's `prompts` (how many) are in each.
 
-        The same parts whatever the number of processes, and the same work for each of them: of every --num-minibatches
-        neighbours one goes to each part.
+        `number` seeds it: another one for each epoch. The same parts whatever the number of processes, and the same work for
+        each of them: of every --num-minibatches neighbours one goes to each part.
         """
         n, parts = prompts * self.world, self.args.num_minibatches
         if prompts % parts:
@@ -454,7 +454,7 @@ class Run:
         return [(part_of == part).nonzero()[:, 0] for part in range(parts)]
 
     def sum(self, *numbers):
-        """Each number summed over all processes."""
+        """The sums of these numbers over all processes; a sequence also of one: run.sum(x)[0]."""
         if self.world == 1:
             return numbers
         return [sum(parts) for parts in zip(*self.gather([float(x) for x in numbers]))]
@@ -475,7 +475,9 @@ class Run:
         return values
 
     def own_part(self, items):
-        """This process's part of a list or tensor, which has to be the same in all of them."""
+        """This process's part of a list or tensor, which has to be the same in all of them, and a multiple of their number long."""
+        if len(items) % self.world:
+            raise UserError(f"Run.own_part: {len(items)} items cannot be split evenly between {self.world} processes")
         size = len(items) // self.world
         return items[self.rank * size : (self.rank + 1) * size]
 
@@ -585,7 +587,7 @@ class Run:
                 print_line(text)
 
     def to_go_on(self) -> str:
-        """The command that resumes the run."""
+        """The command that resumes the run, after the words "to go on"."""
         command = [os.path.relpath(inspect.getfile(type(self.args))), "--resume", str(self.folder)]
         launcher = "python" if self.world == 1 else "torchrun ..."  # which options it had is not known here
         return f"to go on: {launcher} {shlex.join(command)}"
@@ -662,7 +664,7 @@ class Run:
             "most groups have equal scores; take easier or harder prompts, or a larger --group-size": (
                 equal > 0.8 and metrics["reward/std"] > 0
             ),
-            "losses/policy_loss or objective/kl is no number: some log-probs or advantages are NaN, and teach nothing":
+            "losses/policy_loss or objective/kl is no number: some log-probs or advantages are NaN; in a loss they teach nothing":
                 not math.isnan(metrics["reward/mean"])
                 and any(math.isnan(metrics.get(name, 0.0)) for name in ("losses/policy_loss", "objective/kl")),
             "the policy is more than 1 nat a token from the reference; raise --kl-coef or lower --learning-rate":
@@ -784,7 +786,8 @@ class Rollout:
         vars(self).update(vars(self.join(other).select(places)))
 
     def leave_out(self, rows: Tensor):
-        """Empty the masks of `rows` (B,), boolean: they count in no loss and no mean."""
+        """Empty the masks of `rows` (B,), boolean: no token of theirs counts in a loss or mean. Their scores do, in groups and
+        reward/mean, unless they are NaN."""
         self.lengths = self.lengths.masked_fill(rows.cpu(), 0)
         self.completion_mask = self.completion_mask & ~to_device(rows, self.completion_mask.device)[:, None]
 
@@ -2018,7 +2021,7 @@ def load_policy(args, run, tokenizer):
 
 
 def end_tokens(name, tokenizer, model) -> set[int]:
-    """All that the tokenizer or a config of the model names, chat models have several; but those that it does not know."""
+    """All end tokens that tokenizer or configs name (chat models have several) and the model's vocabulary has."""
     sources = (tokenizer, model.config, model.config.get_text_config(), model.generation_config)
     ends = [getattr(source, "eos_token_id", None) for source in sources]
     ends = [i for end in ends for i in (end if isinstance(end, list) else [end])]
@@ -2070,7 +2073,8 @@ def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention
     model.config_to_save = config
     model.get_input_embeddings().padding_idx = None  # the pad, where a flat row has one, is a token like any other and learns
     for module in model.modules():
-        # Frequencies for sequences beyond `positions_of`, which none is: to see that would wait for a GPU, and break its graphs.
+        # These choose frequencies by the sequence's length, which would wait for a GPU and break its graphs; no sequence is
+        # longer than `positions_of`.
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             module.rope_type = "default"
     return without_dropout(model)
@@ -2198,8 +2202,8 @@ def check_model(run, model, sampler, tokenizer):
 
 @torch.no_grad()
 def check_flat_row(run, model, name):
-    """Raises UserError, which begins with `name`, for a transformer to which the flat row gives other hidden states than
-    transformers gives to its sequences one by one; or would give, where they are longer than a window of attention."""
+    """Raises UserError, which begins with `name`, unless the flat row gives the hidden states that transformers gives sequence
+    by sequence; also for a window of attention that is left to masks."""
     config, windows = model.config.get_text_config(), set()
     n = min(run.args.max_new_tokens, 4)  # of each completion
     prompts, completions = random_prompts(run, config, n), random_prompts(run, config, n, n)
@@ -2227,7 +2231,7 @@ def check_flat_row(run, model, name):
 
 
 def random_prompts(run, config, room_after: int, length: int | None = None) -> list[list[int]]:
-    """Two of random tokens, of different lengths, after which a model has positions for so many tokens more; or of one length."""
+    """Two random prompts, of 5 and 9 tokens at most or both of `length`, with positions left for `room_after` more."""
     room = (positions_of(config) or math.inf) - room_after
     return [(run.uniforms(0, 3, length or min(n, room)) * config.vocab_size).long().tolist() for n in (5, 9)]
 
@@ -2288,7 +2292,7 @@ def positions_of(config) -> int | None:
 
 @functools.cache
 def fused(function):
-    """The function compiled, the same one at every call: samplers come and go, programs stay. One serves all numbers of rows."""
+    """torch.compile of the function, made once for all samplers that come and go; one program serves all numbers of rows."""
     compiled = torch.compile(function)
 
     def call(*args):
@@ -2307,7 +2311,7 @@ def is_compiled(model) -> bool:
 def compile_layers(*models):
     """Let torch.compile fuse what stands between the matrix products of each layer; attention stays what it is.
 
-    All layers share what is compiled; with gradients or without, frozen or not, each is compiled for itself.
+    Layers of a kind share their programs: one with gradients, one without, one frozen.
     Refuses where no program can be built, since torch.compile needs a C or C++ compiler.
     """
     with explained_as("--compile: torch.compile does not work here"):
@@ -2676,8 +2680,8 @@ def chat_ids(chat: list[dict], tokenizer, place: str = "") -> list[int]:
 
 
 def text_ids(texts: list[str], tokenizer) -> list[list[int]]:
-    """Tokens of texts with the tokenizer's own special tokens, but with no begin token beside one that the text spells, and
-    without an end token of its adding, for the model would be asked to go on after its own end."""
+    """Tokens of texts with the tokenizer's special tokens, but no second begin token where the text spells one, and no end
+    token that it adds, after which the model would have to go on."""
     all_ids = tokenizer(texts)["input_ids"] if texts else []
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     for i, (text, ids) in enumerate(zip(texts, all_ids)):
@@ -3014,7 +3018,7 @@ class Scores:
     # For each sample one weighted float a completion token, plain scores standing on the last one, and None where no
     # step ends; None for it all where no function applies.
     dense: list[list[float | None] | None]
-    has_lists: bool  # whether a function returned some
+    has_lists: bool  # whether a function returned a list, of a number a token, for a sample
     metrics: dict[str, list[float]]  # what functions gave to log_metric(name, value), call by call
     extra: dict[str, list]  # what functions gave to log_extra(column, values), B values a column
 
@@ -3578,7 +3582,7 @@ def logprobs_without_gradient(run, model, rollout: Rollout) -> Tensor:
 
 def old_logprobs(run, sampler, policy, rollout: Rollout) -> Tensor:
     """Log-probs under the policy that sampled: the sampler's own, or a pass of the trainer's where these are less precise,
-    or the tokens were given (`rollout_of`)."""
+    or the tokens were given (`rollout_of`). To be called before the first update."""
     was_sampled = rollout.temperature is not None
     return rollout.sampler_logprobs if sampler.is_exact and was_sampled else logprobs_without_gradient(run, policy, rollout)
 
@@ -3668,7 +3672,8 @@ def matrix_rate(device, dtype) -> float:
 
 
 def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners: list[nn.Module]) -> dict[str, float]:
-    """What both scripts log of a step, with what the script itself has put into `means`."""
+    """What both scripts log of a step, with what the script itself has put into `means`. Ends the phase, which has to be
+    "update", and counts the step in `trainer_state`: for one call a step."""
     run.phase(None)
     run.trainer_state.global_step += 1  # the rollout is done: what evaluates after this step counts it
     valid = ~rollout.scores.isnan()
@@ -3745,7 +3750,7 @@ def can_be_loaded(run, key: str, value: Any) -> bool:
 @contextlib.contextmanager
 def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dict[str, Any]):
     """If the block raises a UserError, in whichever process, the steps done so far are saved first. For any part of a step
-    but its update; with several processes the block's only collectives are `run.gather` and what asks it.
+    but its update; with several processes the block's only collectives are `run.gather` and what calls it.
     """
     random_states = get_random_states()  # the block begins anew when the run goes on
     try:

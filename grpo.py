@@ -13,15 +13,15 @@ CISPO arXiv:2506.13585; KL estimators: Schulman, "Approximating KL divergence" (
 
 Where this differs from the papers:
  1. Standard deviations are sample ones (divided by G - 1), as in TRL and verl; 1e-4 is added to them, as in TRL.
- 2. With one update a rollout the policy that sampled is still the current one, so its log-probs need no pass of their
-    own. Where the sampler computes in float32, the update takes them from it and computes only their gradient.
+ 2. With one update a rollout the old policy is the current one, so the old log-probs need no pass of their own. A sampler
+    in float32 has recorded them: then the update computes only their gradient.
  3. --kl-coef is 0.001 with every --loss. DeepSeekMath has 0.04; Dr. GRPO, DAPO and CISPO have no KL (--kl-coef 0).
  4. dapo and cispo divide by the tokens of all prompts of an optimiser step; their papers by those of one prompt's group.
  5. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
  6. The learning rate decays linearly to 0.
 
-Letters: N prompts a step, G completions a prompt, B = N G sequences (b of them in a micro-batch), C completion tokens.
-Column t of every (B, C) tensor is completion token t.
+Letters: N prompts a step, G completions a prompt, B = N G sequences (each process has its share of
+them; b are in a micro-batch), C completion tokens. Column t of every (B, C) tensor is completion token t.
 """
 
 import math
@@ -36,6 +36,7 @@ from common import flag
 
 @dataclass
 class Args:
+    # `tiny` and `real` are the defaults for the built-in model and for any other.
     # Model and data
     model: str = flag("tiny", "tiny (built in), a hub id, or a directory")
     dataset: str = flag(tiny="addition", real="gsm8k", help="addition, gsm8k, a .jsonl file, or a hub dataset id[:config]")
@@ -65,10 +66,10 @@ class Args:
     )
     scale_rewards: bool | None = flag(help="divide by that spread (default: yes; no for dr_grpo and rloo)")
     clip_low: float | None = flag(
-        help="ratios count from 1 - this; inf: no clip (default: 0.2; gspo 3e-4, cispo inf)", at_least=0
+        help="where A < 0, ratios count down to 1 - this; inf: no clip (default: 0.2; gspo 3e-4, cispo inf)", at_least=0
     )
     clip_high: float | None = flag(
-        help="ratios count up to 1 + this; inf: no clip (default: 0.2; dapo 0.28, gspo 4e-4)", at_least=0
+        help="where A > 0, ratios count up to 1 + this; inf: no clip (default: 0.2; dapo 0.28, gspo 4e-4)", at_least=0
     )
     kl_coef: float = flag(0.001, "beta, weight of the KL to the reference; 0: no reference model", at_least=0)
     kl_estimator: str = flag(
@@ -117,7 +118,7 @@ LOSS_DEFAULTS = {  # clip_low, clip_high, scale_rewards: as the paper of each ha
 
 
 def with_defaults_of_loss(args: Args) -> tuple[Args, dict[str, float | bool]]:
-    """The arguments with what --loss decides where no flag does, and what that is."""
+    """The arguments with the defaults of --loss in place of flags that were not given, and which these are."""
     defaults = dict(zip(("clip_low", "clip_high", "scale_rewards"), LOSS_DEFAULTS[args.loss]))
     defaults["scale_rewards"] &= args.advantage != "rloo"
     defaults = {name: value for name, value in defaults.items() if getattr(args, name) is None}
@@ -125,7 +126,7 @@ def with_defaults_of_loss(args: Args) -> tuple[Args, dict[str, float | bool]]:
 
 
 def check_flags(args: Args):
-    """Refuses flags that contradict each other, or would cost every completion a penalty."""
+    """Refuses flags that contradict each other."""
     if args.advantage == "rloo" and args.scale_rewards:
         raise common.UserError("--scale-rewards: --advantage rloo divides by no spread")
     if args.advantage == "batch" and not args.scale_rewards:
@@ -144,9 +145,10 @@ def check_flags(args: Args):
 
 
 def group_advantages(
-    scores: Tensor, group_size: int, scale: bool = True, kind: str = "group", batch_std: float = 1.0
+    scores: Tensor, group_size: int, scale: bool = True, kind: str = "group", batch_std: Tensor | float = 1.0
 ) -> Tensor:
-    """How much better each completion is than the other answers to its prompt: scores (B,) -> advantages (B, 1).
+    """How much better each completion is than the other answers to its prompt: scores (B,), G neighbours a prompt ->
+    advantages (B, 1), one for all tokens of a completion.
 
     group: A_i = (r_i - mean(r)) / (std(r) + 1e-4) within the group, section 4.1.2 of arXiv:2402.03300; without `scale`
     only r_i - mean(r), arXiv:2503.20783. batch: the same with the deviation of all scores, `batch_std`, arXiv:2508.08221.
@@ -167,26 +169,21 @@ def group_advantages(
 
 
 def has_equal_scores(scores: Tensor, group_size: int) -> Tensor:
-    """Groups in which no completion is better than another, so that nothing can be learned from them: (B,) -> (N,)."""
+    """Groups in which no completion is better than another: (B,) -> (N,)."""
     groups = scores.view(-1, group_size)  # a NaN is neither the highest nor the lowest
     return groups.nan_to_num(-math.inf).amax(dim=1) <= groups.nan_to_num(math.inf).amin(dim=1)
 
 
-def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
-    """0 up to L_max - L_cache tokens, then linearly down to -1 at L_max, eq. 13 of arXiv:2503.14476: (B,)."""
-    return -((lengths - (max_new_tokens - buffer)) / buffer).clamp(0, 1)
-
-
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, per_sequence: bool) -> Tensor:
     """rho = pi / pi_old of each token, (B, C), or sequence, exp(mean_t log rho), eq. 7 of arXiv:2507.18071, (B, 1)."""
-    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)  # else a token of a policy that runs away overflows exp
     if per_sequence:
         log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return log_ratio.exp()
 
 
 def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), eq. 7 of arXiv:1707.06347: of the shape of rho and A together."""
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), eq. 7 of arXiv:1707.06347: (B, C), or (B, 1) if both are."""
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
@@ -214,16 +211,16 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k3")
 
 
 def token_weights(loss: str, mask: Tensor, sequences: float, tokens: float, max_new_tokens: int) -> Tensor:
-    """The weight (B, C) of each token: the sum of the weighted losses is the loss of an optimiser step.
+    """The weight (B, C) of each token: the weighted losses of a minibatch add up to its loss.
 
-    `sequences` and `tokens` count those of the whole step, in all micro-batches and processes, so that how they are
+    `sequences` and `tokens` count those of the whole minibatch, in all micro-batches and processes, so that how it is
     split changes nothing.
     """
     if loss == "dr_grpo":  # divided by a constant, section 3.2 of arXiv:2503.20783
         return mask / (max(sequences, 1) * max_new_tokens)
     if loss in ("dapo", "cispo"):  # every token counts the same, eq. 8 of arXiv:2503.14476
         return mask / max(tokens, 1)
-    # The mean over sequences of the mean over tokens, eq. 3 of arXiv:2402.03300.
+    # Any other loss: the mean over sequences of the mean over tokens, eq. 3 of arXiv:2402.03300.
     return mask / (mask.sum(1, keepdim=True).clamp(min=1) * max(sequences, 1))
 
 
@@ -245,6 +242,16 @@ def process_advantages(step_rewards: Tensor, group_size: int, step_ends: Tensor 
     return normalised.flip(1).cumsum(1).flip(1)
 
 
+def without_advantage(advantages: Tensor, group_size: int) -> Tensor:
+    """Groups all of whose advantages, (B, 1) or (B, C), are 0, so that nothing is learned from them: (N,)."""
+    return (advantages.view(-1, group_size * advantages.shape[1]) == 0).all(dim=1)
+
+
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
+    """0 up to L_max - L_cache tokens, then linearly down to -1 at L_max, eq. 13 of arXiv:2503.14476: (B,)."""
+    return -((lengths - (max_new_tokens - buffer)) / buffer).clamp(0, 1)
+
+
 # =============================================================================
 # Training
 # =============================================================================
@@ -262,18 +269,22 @@ def main(args: Args) -> int:
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     tokenizer, config = common.load_tokenizer_and_config(args)
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
-    prompts = common.PromptStream(train_prompts, args.seed)  # every epoch in a new random order
+    prompt_stream = common.PromptStream(train_prompts, args.seed)  # every epoch in a new random order
     policy, end_ids = common.load_policy(args, run, tokenizer)
     # What changes the model's layers belongs here: the reference and, in bfloat16, the sampler are copies of it.
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
-    sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)
+    sampler = common.Sampler(
+        policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, own_copy=run.world > 1
+    )
     common.check_model(run, policy, sampler, tokenizer)
     common.shard(run, policy)  # between the processes; nothing to do for one
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
     models = {"policy": policy} | ({"reference": reference} if reference else {})
-    state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0}
+    state = {"step": 0}
+    if args.resume:
+        state = common.load_checkpoint(run, models, optimizer, prompt_stream)
     if args.compile:
         common.compile_layers(policy, reference, sampler.model)
     run.open_folder(state["step"])
@@ -291,13 +302,13 @@ def main(args: Args) -> int:
 
         # ---- Rollout: G completions of each of N prompts ----
         run.phase("rollout")
-        sampler.refresh(policy)  # on GPUs the sampler has a copy of its own in bfloat16
-        # This process's own part of the prompts, each G times: B of them.
-        step_prompts = [prompt for prompt in run.own_part(prompts.next(args.prompts_per_step)) for _ in range(G)]
+        sampler.refresh(policy)  # has a copy of it in bfloat16 (as on GPUs) or beside other processes, else the policy itself
+        own_prompts = run.own_part(prompt_stream.next(args.prompts_per_step))
+        step_prompts = [prompt for prompt in own_prompts for _ in range(G)]  # one for each completion: B
         # A random number for each token (B, C), fixed by seed, step, purpose (0) and sequence, not by batches or processes.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
         # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
-        rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
+        rollout = sampler.sample([prompt.ids for prompt in own_prompts], G, uniforms)
         texts, token_ids = common.decode(tokenizer, rollout)
 
         # ---- Score: the only thing that the policy learns from ----
@@ -306,7 +317,7 @@ def main(args: Args) -> int:
             scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
             if args.dynamic_sampling:
                 resampled = resample_equal_groups(
-                    run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores
+                    run, sampler, tokenizer, prompt_stream, rewards, step, rollout, step_prompts, texts, token_ids, scores
                 )
         rollout.scores = scores.total.to(run.device)  # (B,)
         if args.overlong_buffer:
@@ -321,7 +332,7 @@ def main(args: Args) -> int:
         # ---- Advantage: better or worse than the rest of the group ----
         rollout.leave_out(rollout.scores.isnan())  # no reward function applies to these: they count nowhere
         if not run.max(scores.has_lists):  # asked of all processes, since they compute the spread together
-            batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()
+            batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()  # for "batch" only
             rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
         else:
             # A reward function gave lists, one number a token: process supervision.
@@ -330,8 +341,8 @@ def main(args: Args) -> int:
             warn_of_process_supervision(run, rollout, scores)
 
         # ---- Update: several epochs of minibatches, each one optimiser step ----
-        # With one update a rollout the policy is still the one that sampled: pi_old = pi, all ratios are 1. Set this to
-        # False if minibatches hold anything else, as with replay.
+        # With one update a rollout the policy is still the one that sampled: all ratios are 1, and rollout.old_logprobs
+        # stays None. Set on_policy = False if minibatches hold anything else, as with replay.
         on_policy = args.update_epochs * args.num_minibatches == 1
         if not on_policy:
             rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
@@ -340,7 +351,7 @@ def main(args: Args) -> int:
             for groups in run.minibatches(step * args.update_epochs + epoch, len(rollout) // G):  # prompts, by index
                 # Whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
-                # Of the whole minibatch: `loss_of` returns shares of its loss, so that how it is split changes no gradient.
+                # Counts of the whole minibatch: what `loss_of` gives for its parts adds up to its loss, however it is split.
                 sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
 
                 def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; what it returns is summed
@@ -369,22 +380,22 @@ def main(args: Args) -> int:
 
                 common.accumulate_gradients(run, loss_of, minibatch, [policy], means)
                 means.add("losses/grad_norm", common.clip_and_step(run, [policy], optimizer))
+        if args.ref_refresh and step % args.ref_refresh == 0:
+            common.copy_weights(policy, reference)  # iterative GRPO, algorithm 1 of arXiv:2402.03300
 
         # ---- Log, evaluate, save: `means` average over the step, `metrics` are its single numbers ----
         mask = rollout.completion_mask  # (B, C)
-        without_advantage = (rollout.advantages.view(len(rollout) // G, -1) == 0).all(dim=1)  # (N,)
-        means.add("reward/frac_zero_std", without_advantage)
+        means.add("reward/frac_zero_std", without_advantage(rollout.advantages, G))
         if reference is not None:
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
             k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
             means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
-            if args.ref_refresh and step % args.ref_refresh == 0:
-                common.copy_weights(policy, reference)  # iterative GRPO, algorithm 1 of arXiv:2402.03300
         metrics = common.step_metrics(run, rollout, scores, means, [policy])
         metrics |= {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr_share * args.learning_rate}
         if args.dynamic_sampling:
             metrics["reward/resampled_groups"] = run.sum(resampled)[0]
-        state |= {"step": step, "position": prompts.position, "prompts": prompts.digest}  # a resumed run goes on from here
+        # Where a resumed run goes on.
+        state |= {"step": step, "position": prompt_stream.position, "prompts": prompt_stream.digest}
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
             with common.checkpoint_on_error(run, models, optimizer, state | {"unlogged": metrics}):
@@ -421,29 +432,28 @@ def warn_of_process_supervision(run, rollout, scores):
         )
 
 
-def has_equal_rewards(scores, rollout, group_size: int) -> Tensor:
-    """`has_equal_scores`, (N,); where functions gave lists, whether no token would get an advantage from these."""
-    if not scores.has_lists:
-        return has_equal_scores(scores.total, group_size)
-    step_rewards, step_ends = common.dense_table(scores.dense, rollout)  # (B, C)
-    advantages = process_advantages(step_rewards, group_size, step_ends)
-    return (advantages.view(len(rollout) // group_size, -1) == 0).all(dim=1).cpu()
-
-
-def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollout, step_prompts, texts, scores):
+def resample_equal_groups(
+    run, sampler, tokenizer, prompt_stream, rewards, step, rollout, step_prompts, texts, token_ids, scores
+):
     """DAPO's dynamic sampling, section 3.2 of arXiv:2503.14476: other prompts for groups whose scores are all equal.
 
-    Bounded by --max-resamples. Replaces them in `rollout`, `step_prompts`, `texts` and `scores`; returns how many.
+    Bounded by --max-resamples. Replaces them in `rollout`, `step_prompts`, `texts`, `token_ids` and `scores`; returns how
+    many.
     """
     args, G, replaced = run.args, run.args.group_size, 0
     for attempt in range(1, args.max_resamples + 1):
-        groups = has_equal_rewards(scores, rollout, G).nonzero()[:, 0]
+        if not scores.has_lists:
+            advantages = group_advantages(scores.total, G)
+        else:
+            step_rewards, step_ends = common.dense_table(scores.dense, rollout)  # (B, C)
+            advantages = process_advantages(step_rewards, G, step_ends)
+        groups = without_advantage(advantages, G).cpu().nonzero()[:, 0]
         counts = run.gather(len(groups))  # of all processes, which take their prompts from the stream one after the other
         first, total = sum(counts[: run.rank]), sum(counts)
         if total == 0:
             break
         own = slice(first, first + len(groups))
-        others = prompts.next(total)[own]
+        others = prompt_stream.next(total)[own]
         # Purposes 7 to 14, one an attempt: other numbers than the rollout's own, whose purpose is 0.
         uniforms = run.uniforms(step, 6 + attempt, total, G, args.max_new_tokens)[own].flatten(0, 1)
         if len(groups) == 0:
@@ -454,8 +464,8 @@ def resample_equal_groups(run, sampler, tokenizer, prompts, rewards, step, rollo
         rollout.replace(rows, new)
         new_scores = common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout, run.trainer_state)
         scores.replace(rows.tolist(), new_scores)
-        for row, prompt, text in zip(rows.tolist(), new_prompts, new_texts):
-            step_prompts[row], texts[row] = prompt, text
+        for row, *new_ones in zip(rows.tolist(), new_prompts, new_texts, new_ids):
+            step_prompts[row], texts[row], token_ids[row] = new_ones
         replaced += len(groups)
     return replaced
 

@@ -19,8 +19,8 @@ Where this differs from the papers:
  4. The learning rates decay linearly to 0.
  5. The old policy's log-probs are the sampler's where it computes in float32; else they get a pass of their own.
 
-Letters: N prompts a step, G completions a prompt, B = N G sequences (b of them in a micro-batch), C completion tokens.
-Column t of every (B, C) tensor is completion token t.
+Letters: N prompts a step, G completions a prompt, B = N G sequences (each process has its share of
+them; b are in a micro-batch), C completion tokens. Column t of every (B, C) tensor is completion token t.
 """
 
 import math
@@ -35,6 +35,7 @@ from common import flag
 
 @dataclass
 class Args:
+    # `tiny` and `real` are the defaults for the built-in model and for any other.
     # Model and data
     model: str = flag("tiny", "tiny (built in), a hub id, or a directory")
     dataset: str = flag(tiny="addition", real="gsm8k", help="addition, gsm8k, a .jsonl file, or a hub dataset id[:config]")
@@ -64,8 +65,8 @@ class Args:
     whiten_advantages: bool | None = flag(
         tiny=False, real=True, help="to mean 0 and variance 1 in each rollout, with a critic"
     )
-    clip_low: float = flag(0.2, "ratios count from 1 - this; inf: no clip", at_least=0)
-    clip_high: float = flag(0.2, "ratios count up to 1 + this; inf: no clip", at_least=0)
+    clip_low: float = flag(0.2, "where A < 0, ratios count down to 1 - this; inf: no clip", at_least=0)
+    clip_high: float = flag(0.2, "where A > 0, ratios count up to 1 + this; inf: no clip", at_least=0)
     value_clip: float = flag(0.2, "values may leave the rollout's by this much; inf: no clip", above=0)
     value_coef: float = flag(1.0, "weight of the value loss", above=0)
     kl_coef: float = flag(
@@ -151,7 +152,7 @@ def whiten(x: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """rho = pi / pi_old of each token: (B, C)."""
-    return (logprobs - old_logprobs).clamp(-20, 20).exp()
+    return (logprobs - old_logprobs).clamp(-20, 20).exp()  # else a token of a policy that runs away overflows exp
 
 
 def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -198,11 +199,6 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
     return (((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))).float()
 
 
-def is_value_clipped(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float) -> Tensor:
-    """Where the clip of the value loss binds, so that a value gets no gradient: (B, C) of 0 and 1."""
-    return (value_loss(values, old_values, returns, value_clip) > 0.5 * (values - returns).square()).float()
-
-
 # =============================================================================
 # Training
 # =============================================================================
@@ -217,7 +213,7 @@ def main(args: Args) -> int:
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     tokenizer, config = common.load_tokenizer_and_config(args)
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
-    prompts = common.PromptStream(train_prompts, args.seed)  # every epoch in a new random order
+    prompt_stream = common.PromptStream(train_prompts, args.seed)  # every epoch in a new random order
     if args.critic_model:  # a wrong one is told before the policy loads
         critic_config = common.load_config(args.critic_model, "--critic-model", args)
         common.check_model_takes(train_prompts + eval_prompts, args, critic_config, f"--critic-model {args.critic_model}")
@@ -225,14 +221,22 @@ def main(args: Args) -> int:
     # What changes the model's layers belongs here: the reference and, in bfloat16, the sampler are copies of it.
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
     critic = common.shard(run, common.load_critic(args, run, policy)) if args.baseline == "critic" else None
-    sampler = common.Sampler(policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, run.world > 1)
+    sampler = common.Sampler(
+        policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, own_copy=run.world > 1
+    )
     common.check_model(run, policy, sampler, tokenizer)
     common.shard(run, policy)  # between the processes; nothing to do for one
-    learners, learning_rates = [policy, critic] if critic else [policy], [args.learning_rate, args.critic_learning_rate]
-    parameters = [{"params": list(model.parameters()), "lr": rate} for model, rate in zip(learners, learning_rates)]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
+    learners = [policy]
+    if critic:
+        optimizer.add_param_group({"params": list(critic.parameters()), "lr": args.critic_learning_rate})
+        learners.append(critic)
     models = {"policy": policy} | ({"critic": critic} if critic else {}) | ({"reference": reference} if reference else {})
-    state = common.load_checkpoint(run, models, optimizer, prompts) if args.resume else {"step": 0, "kl_coef": args.kl_coef}
+    state = {"step": 0, "kl_coef": args.kl_coef}
+    if args.resume:
+        state = common.load_checkpoint(run, models, optimizer, prompt_stream)
     if args.compile:
         common.compile_layers(policy, reference, sampler.model, critic)
     run.open_folder(state["step"])
@@ -250,13 +254,13 @@ def main(args: Args) -> int:
 
         # ---- Rollout: G completions of each of N prompts ----
         run.phase("rollout")
-        sampler.refresh(policy)  # on GPUs the sampler has a copy of its own in bfloat16
-        # This process's own part of the prompts, each G times: B of them.
-        step_prompts = [prompt for prompt in run.own_part(prompts.next(args.prompts_per_step)) for _ in range(G)]
+        sampler.refresh(policy)  # has a copy of it in bfloat16 (as on GPUs) or beside other processes, else the policy itself
+        own_prompts = run.own_part(prompt_stream.next(args.prompts_per_step))
+        step_prompts = [prompt for prompt in own_prompts for _ in range(G)]  # one for each completion: B
         # A random number for each token (B, C), fixed by seed, step, purpose (0) and sequence, not by batches or processes.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
         # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
-        rollout = sampler.sample([prompt.ids for prompt in step_prompts[::G]], G, uniforms)
+        rollout = sampler.sample([prompt.ids for prompt in own_prompts], G, uniforms)
         texts, token_ids = common.decode(tokenizer, rollout)
 
         # ---- Score: the only thing that the policy learns from ----
@@ -299,7 +303,7 @@ def main(args: Args) -> int:
             for groups in run.minibatches(step * args.update_epochs + epoch, len(rollout) // G):  # prompts, by index
                 # Whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
-                # Of the whole minibatch: `loss_of` returns shares of its loss, so that how it is split changes no gradient.
+                # Counts of the whole minibatch: what `loss_of` gives for its parts adds up to its loss, however it is split.
                 tokens = run.sum(minibatch.lengths.sum())[0]
 
                 def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; what it returns is summed
@@ -317,8 +321,8 @@ def main(args: Args) -> int:
                     if critic is not None:
                         values = common.completion_values(critic, batch)  # (b, C)
                         v_loss = value_loss(values, batch.values, batch.returns, args.value_clip)
+                        v_clipped = v_loss > 0.5 * (values - batch.returns).square()  # these values get no gradient
                         means.add("losses/value_loss", v_loss, mask)
-                        v_clipped = is_value_clipped(values, batch.values, batch.returns, args.value_clip)
                         means.add("losses/vf_clipfrac", v_clipped, mask)
                         loss = loss + args.value_coef * v_loss
                     return (loss * mask).sum() / max(tokens, 1)
@@ -340,9 +344,10 @@ def main(args: Args) -> int:
         metrics = common.step_metrics(run, rollout, scores, means, learners)
         metrics |= {"objective/kl_coef": state["kl_coef"], "charts/learning_rate": lr_share * args.learning_rate}
         if args.kl_target is not None and reference is not None:
-            kl_seq, B = metrics["objective/kl_seq"], args.prompts_per_step * G
-            state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_seq, args.kl_target, B, args.kl_horizon)
-        state |= {"step": step, "position": prompts.position, "prompts": prompts.digest}  # a resumed run goes on from here
+            kl_seq, batch = metrics["objective/kl_seq"], args.prompts_per_step * G
+            state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_seq, args.kl_target, batch, args.kl_horizon)
+        # Where a resumed run goes on.
+        state |= {"step": step, "position": prompt_stream.position, "prompts": prompt_stream.digest}
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
             with common.checkpoint_on_error(run, models, optimizer, state | {"unlogged": metrics}):

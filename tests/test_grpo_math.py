@@ -253,11 +253,11 @@ def test_groups_with_equal_steps_where_rewards_are_lists():
     """Equal sums of other steps, equal steps with another sum, and plain scores, of two completions each."""
     dense = [[1.0, -1.0], [-1.0, 1.0], [1.0, None], [1.0, 1.0], [None, 2.0], [None, 2.0], [None, 2.0], [None, 1.0]]
     rollout = common.rollout_of([[1]] * 8, [[2, 2]] * 8, torch.device("cpu"), [0, 0, 1, 1, 2, 2, 3, 3])
-    total = torch.tensor([sum(value or 0 for value in row) for row in dense])
-    scores = common.Scores(total, {}, dense, True, {}, {})
-    assert grpo.has_equal_rewards(scores, rollout, 2).tolist() == [False, True, True, False]
-    scores.has_lists = False
-    assert grpo.has_equal_rewards(scores, rollout, 2).tolist() == [True, False, True, False]
+    step_rewards, step_ends = common.dense_table(dense, rollout)
+    advantages = grpo.process_advantages(step_rewards, 2, step_ends)
+    assert grpo.without_advantage(advantages, 2).tolist() == [False, True, True, False]
+    advantages = grpo.group_advantages(step_rewards.sum(dim=1), 2)
+    assert grpo.without_advantage(advantages, 2).tolist() == [True, False, True, False]
 
 
 def test_overlong_penalty_falls_over_the_buffer():

@@ -292,13 +292,13 @@ def test_dynamic_sampling_replaces_groups_and_keeps_prompts_texts_and_scores_tog
     scores = common.score(rewards, step_prompts, texts, ids)
     before = int(grpo.has_equal_scores(scores.total, 3).sum())
     kept = scores.total[~grpo.has_equal_scores(scores.total, 3).repeat_interleave(3)].tolist()
-    replaced = grpo.resample_equal_groups(run, sampler, tokenizer, stream, rewards, 1, rollout, step_prompts, texts, scores)
+    replaced = grpo.resample_equal_groups(run, sampler, tokenizer, stream, rewards, 1, rollout, step_prompts, texts, ids, scores)
 
     after = int(grpo.has_equal_scores(scores.total, 3).sum())
     assert after < before <= replaced <= 3 * before
     assert set(kept) <= set(scores.total.tolist())
     new_texts, new_ids = common.decode(tokenizer, rollout)
-    assert texts == new_texts
+    assert (texts, ids) == (new_texts, new_ids)
     assert scores.total.tolist() == pytest.approx(odd([prompt.prompt for prompt in step_prompts], new_ids))
     assert torch.equal(scores.by_function["odd"], scores.total)
     for b, prompt in enumerate(step_prompts):
