@@ -2335,13 +2335,15 @@ def shard(run, model):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = dist.init_device_mesh(run.device.type, (run.world,))
-    # Layers are gathered as autocast would cast them; embeddings, head and the last norm in float32.
+    # Layers are gathered as autocast would cast them: all but their norms, which like embeddings and head stay float32.
     low = None if run.compute_dtype == torch.float32 else run.compute_dtype
     layer_policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     for module in reversed(list(model.modules())):  # children first
-        if module is model or type(module).__name__ in layers:
-            policy = MixedPrecisionPolicy() if module is model else layer_policy
+        own, is_layer = list(module.parameters(recurse=False)), type(module).__name__ in layers
+        is_norm = bool(own) and all(parameter.dim() == 1 for parameter in own)
+        if module is model or is_layer or (low is not None and is_norm):
+            policy = layer_policy if is_layer else MixedPrecisionPolicy()
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -3013,7 +3015,7 @@ class Reward:
 
 @dataclass
 class Scores:
-    total: Tensor  # (B,) float32, weighted sum over the functions that apply, NaN where none does
+    total: Tensor  # (B,) float32, weighted sum over the functions that apply, NaN where none does; weight 0: only watched
     by_function: dict[str, Tensor]  # (B,) float32 each, unweighted, dense ones summed, NaN for None
     # For each sample one weighted float a completion token, plain scores standing on the last one, and None where no
     # step ends; None for it all where no function applies.
@@ -3254,11 +3256,12 @@ def score(
 
     by_function = {name: torch.tensor([as_float(v) for v in values]) for name, values in returned.items()}
     weights = {reward.name: reward.weight for reward in rewards}
-    weighted = torch.stack([weights[name] * values for name, values in by_function.items()])  # (functions, B)
+    counted = [name for name in by_function if weights[name] != 0] or list(by_function)  # the others are only watched
+    weighted = torch.stack([weights[name] * by_function[name] for name in counted])  # (functions, B)
     total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), math.nan)
     if (total.abs() > 1e15).any():  # whose square float32 could not hold
         raise UserError("a sum of the scores, each times its weight, is beyond 1e15; look at --reward-weights")
-    has_lists = any(isinstance(value, list) for values in returned.values() for value in values)
+    has_lists = any(isinstance(value, list) for name in counted for value in returned[name])
     return Scores(total, by_function, dense_scores(weights, returned, completion_ids), has_lists, metrics, extra)
 
 

@@ -49,7 +49,7 @@ class Args:
     reward: list[str] = flag(
         [], "exact, gsm8k, countdown, format, or file.py:function; may be repeated (default: gsm8k for gsm8k, else exact)"
     )
-    reward_weights: list[float] = flag([], "one for each --reward, then one for --reward-model (default: 1 each)")
+    reward_weights: list[float] = flag([], "one for each --reward, then for --reward-model (default: 1); 0: only logged")
     reward_model: str | None = flag(help="a sequence-classification model, beside --reward or, where none is given, alone")
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0, at_most=1e9)
     # Sampling

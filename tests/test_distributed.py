@@ -79,6 +79,20 @@ def test_run_started_on_one_resumes_on_two(one_and_two, tmp_path):
     assert runs.largest_difference(one, tmp_path / "run") < 1e-6
 
 
+def test_norms_stay_float32_in_sharded_layers_of_bfloat16(materials, tmp_path):
+    """As under autocast in one process, and in the sampler's copy: at first policy and reference are the same."""
+    tokenizer = common.tiny_tokenizer()
+    config = helpers.FAMILIES["gpt2"]()
+    config.vocab_size = len(tokenizer)
+    helpers.config_model(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for processes in (1, 2):
+        argv = runs.arguments(materials, "grpo", tmp_path / str(processes), model=tmp_path / "model", dtype="bfloat16")
+        result = runs.launch("grpo", argv, processes)
+        assert result.returncode == 0, result.stdout
+        assert abs(runs.scalars(tmp_path / str(processes))["objective/kl_seq"][1]) < 1e-5
+
+
 TWICE = f"""
 import os, random, shutil, sys
 sys.path.insert(0, {str(runs.ROOT)!r})

@@ -603,6 +603,16 @@ def test_weighted_sum_over_the_functions_that_apply():
     assert scores.by_function["b"].tolist()[:2] == [0.5, 0.25]
 
 
+def test_a_function_of_weight_0_is_watched_and_changes_nothing():
+    """Neither where the others give None nor by lists of its own."""
+    plain = common.Reward("plain", lambda completions: [1.0, None])
+    watched = [common.Reward("number", lambda completions: [2.0, 3.0], 0.0), common.Reward("list", lambda completions: [[1.0], [2.0]], 0.0)]
+    alone, beside = run([plain], ["x", "y"]), run([plain, *watched], ["x", "y"])
+    assert beside.total[0] == alone.total[0] == 1.0 and beside.total[1].isnan() and alone.total[1].isnan()
+    assert (beside.dense, beside.has_lists) == (alone.dense, alone.has_lists) == ([[1.0], None], False)
+    assert beside.by_function["number"].tolist() == [2.0, 3.0] and beside.by_function["list"].tolist() == [1.0, 2.0]
+
+
 def test_dense_rewards_are_weighted_and_scalars_join_the_last_token():
     rewards = [
         common.Reward("steps", lambda completions: [[0.5, 0.0, 1.0], None, None, (1, 2)], 2.0),
