@@ -271,6 +271,33 @@ def test_micro_batches_halve_after_running_out_of_memory_and_the_gradient_stays(
     helpers.assert_same_gradients(got, {name: 2 * gradient for name, gradient in want.items()})
     with pytest.raises(common.UserError, match="out of GPU memory"):
         gradients_of(model, run, rollout, limit=10)
+    two = helpers.make_run(micro_batch_tokens=512)
+    two.world, two.gather = 2, lambda value: [value, value]
+    with pytest.raises(common.UserError, match="out of GPU memory"):  # the other process waits in the middle of the same pass
+        gradients_of(model, two, rollout, limit=50)
+
+
+def test_too_little_memory_of_a_gpu_is_not_taken_for_another_error():
+    with pytest.raises(torch.cuda.OutOfMemoryError), common.explained_as("something else"):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+def test_gradients_of_a_pass_that_runs_out_of_memory_midway_do_not_count():
+    model, run, calls = helpers.make_model("llama"), helpers.make_run(micro_batch_tokens=128), []
+    rollout = common.rollout_of(helpers.random_ids(*[4] * 8), helpers.random_ids(*[16] * 8, seed=1), torch.device("cpu"))
+
+    def loss_of(batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return common.completion_logprobs(model, batch, 1.0).sum()
+
+    common.accumulate_gradients(run, loss_of, rollout, [model])
+    assert calls == [6, 2, 3, 3, 2]
+    got = helpers.gradients(model)
+    model.zero_grad()
+    common.completion_logprobs(model, rollout, 1.0).sum().backward()
+    helpers.assert_same_gradients(got, helpers.gradients(model))
 
 
 @needs_gpu

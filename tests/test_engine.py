@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import time
 import types
 
 import helpers
@@ -145,6 +146,9 @@ def test_packed_layout_by_hand_with_a_length_of_zero():
     # the row: a0 a1 | b0 b1 b2 | first two tokens of the first completion
     assert layout.positions.tolist() == [0, 1, 0, 1, 2, 2, 3]
     assert layout.predictors.tolist() == [1, 5, 6, 4]
+    keys, *ends, longest_query, longest_key = layout.sequences  # of the prompts, and of that completion after its prompt
+    assert keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6] and (longest_query, longest_key) == (3, 4)
+    assert [x.tolist() for x in ends] == [[0, 2, 5, 7], [0, 2, 5, 9]]
 
 
 # ---------------------------------------------------------------- the head: log-probs and their gradient
@@ -159,7 +163,7 @@ def test_head_gradients_are_those_of_plain_autograd(monkeypatch, loss, has_bias,
     monkeypatch.setattr(common.HeadLogprobs, "BLOCK", 1)  # a block still holds 128 columns
     states, weight, bias = torch.randn(10, 5), torch.randn(vocabulary, 5), torch.randn(vocabulary) if has_bias else None
     targets, incoming = torch.randint(0, vocabulary, (10,)), [torch.randn(10), torch.randn(10)]
-    targets[0], targets[1] = 0, vocabulary - 1
+    targets[:3] = torch.tensor([0, vocabulary - 1, min(128, vocabulary - 1)])  # the third is the first of a block
     assert len(common.HeadLogprobs.blocks(states, vocabulary)[0]) == blocks
     leaves = [x.clone().requires_grad_() for x in (states, weight, bias) if x is not None]
     known = helpers.plain_logprobs(states, weight, bias, targets, scale) if is_known else None
@@ -259,6 +263,7 @@ def test_tied_weights_get_one_table_of_gradients(family, tables, checkpointed):
 
 def test_values_of_the_critic_belong_to_the_token_they_come_before(llama):
     critic = common.Critic(llama.model)
+    assert not critic.head.weight.any() and not critic.head.bias.any()  # at first it expects nothing of any token
     torch.nn.init.normal_(critic.head.weight), torch.nn.init.normal_(critic.head.bias)
     rollout, prompts, completions = helpers.ragged_rollout()
     reference = helpers.eager_double(llama)
@@ -305,7 +310,7 @@ def test_frozen_copy_in_bfloat16_gives_the_logprobs_of_autocast_at_half_the_memo
         return sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() > 1)
 
     assert size(frozen) * 2 == size(model)
-    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters()) and not frozen.training
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
@@ -380,6 +385,31 @@ def test_the_samplers_logprobs_of_another_model_are_refused(llama):
         changed.get_output_embeddings().weight.mul_(1.5)
     with pytest.raises(common.UserError, match="is not the one that sampled"):
         common.completion_logprobs(changed, rollout, 1.0, from_sampler=True).sum().backward()
+
+
+def test_a_model_whose_numbers_overflow_is_not_taken_for_another_one(llama):
+    """Its gradients are NaN, so that the update is skipped and said, as it is with log-probs of the trainer's own."""
+    model = copy.deepcopy(llama)
+    model.model.norm.weight.data[0] = math.inf
+    common.completion_logprobs(model, sample(model), 1.0, from_sampler=True).sum().backward()
+    assert model.get_output_embeddings().weight.grad.isnan().any()
+
+
+def test_what_sampling_keeps_in_memory_is_left_to_the_update(llama):
+    sampler, weight = common.Sampler(llama, ENDS, 1.0, 4), llama.get_output_embeddings().weight
+    rollout = sampler.sample([[2, 3]], 2, torch.rand(2, 4))
+    weight.packed = torch.ones(1)  # as of a large one
+    common.completion_logprobs(llama, rollout, 1.0)
+    assert sampler.cache is None and weight.packed is None
+
+
+def test_a_model_samples_in_evaluation_mode_and_goes_on_in_its_own(llama):
+    """Layers with gradient checkpointing read the random state in training mode."""
+    model, seen = copy.deepcopy(llama), []
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(module.training))
+    for training in (True, False):
+        common.Sampler(model.train(training), ENDS, 1.0, 4).sample([[2, 3]], 2, torch.rand(2, 4))
+        assert seen and not any(seen) and model.training == training
 
 
 def test_mask_keeps_the_first_end_token_and_nothing_after(llama):
@@ -595,6 +625,7 @@ def test_bfloat16_sampler_stays_near_the_float32_policy(llama):
         scored = common.completion_logprobs(llama, rollout, 1.0)
     assert float((scored - rollout.sampler_logprobs).abs().max()) < 0.3
     assert float((scored - rollout.sampler_logprobs).abs().mean()) < 0.03
+    assert rollout.sampler_entropy.isnan().all()  # nothing takes it for the trainer's
 
 
 BOTH_WAYS_TO_DRAW = pytest.mark.parametrize("draw", [common.draw, common.draw_with_entropy])
@@ -626,6 +657,18 @@ def test_draw_never_takes_a_token_of_probability_zero(uniform, vocabulary, draw)
     assert (tokens >= 0).all() and (tokens < vocabulary).all() and logprobs.isfinite().all()
     assert logits.gather(1, tokens[:, None]).isfinite().all()
     assert tokens[0] == vocabulary - 1 and tokens[1] == 0 and tokens[5] == vocabulary // 3
+
+
+@BOTH_WAYS_TO_DRAW
+def test_draw_is_the_same_whatever_is_added_to_all_logits(draw):
+    """And has tokens to give where they are NaN, since such a run ends by its gradients."""
+    logits, uniform = torch.randn(6, 1000).mul(8).round() / 8, torch.rand(6)  # exact sums
+    want = draw(logits, uniform)
+    for shift in (-500.0, 500.0):
+        for got, plain in zip(draw(logits + shift, uniform), want):
+            torch.testing.assert_close(got, plain, atol=1e-4, rtol=0)
+    tokens = draw(torch.full((6, 1000), math.nan), uniform)[0]
+    assert (tokens >= 0).all() and (tokens < 1000).all()
 
 
 def test_the_share_of_a_weight_stays_within_0_and_1():
@@ -677,12 +720,13 @@ def test_check_model_refuses_logits_of_another_scale(llama, dtype, monkeypatch):
 
 def test_check_model_refuses_an_adapter_on_the_head_which_would_not_act(llama, run):
     """Not even one that changes nothing yet, as a fresh LoRA."""
-    hooked, patched, wrapped = (copy.deepcopy(llama) for _ in range(3))
+    hooked, hooked_before, patched, wrapped = (copy.deepcopy(llama) for _ in range(4))
     hooked.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    hooked_before.lm_head.register_forward_pre_hook(lambda module, inputs: inputs)
     patched.lm_head.forward = types.MethodType(lambda self, x: torch.nn.functional.linear(x, self.weight), patched.lm_head)
     kind = type("Adapted", (torch.nn.Linear,), {"forward": lambda self, x: torch.nn.functional.linear(x, self.weight)})
     wrapped.lm_head.__class__ = kind
-    for model in (hooked, patched, wrapped):
+    for model in (hooked, hooked_before, patched, wrapped):
         with pytest.raises(common.UserError, match="it takes no adapter or hook"):
             checked(run, model)
 
@@ -697,7 +741,12 @@ def test_check_model_refuses_a_sampler_that_differs_from_transformers(llama, mon
 
 
 def test_check_model_refuses_a_window_that_attention_does_not_hear_of(run):
+    """But not one that no layer uses."""
     sizes = helpers.SIZES | helpers.GQA | dict(num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8)
+    full = transformers.Qwen2Config(
+        **helpers.SIZES, **helpers.GQA, use_sliding_window=True, sliding_window=32, layer_types=["full_attention"] * 2
+    )
+    checked(run, helpers.config_model(full))
     for window in (32, None):
         windows = dict(use_sliding_window=True, sliding_window=window, layer_types=["full_attention", "sliding_attention"])
         model = helpers.config_model(transformers.Qwen2MoeConfig(**sizes, **helpers.EXPERTS, **(windows if window else {})))
@@ -714,12 +763,13 @@ def test_positions_of_longrope_are_the_original_ones():
     config = transformers.Phi3Config(**sizes, rope_parameters=rope | {"original_max_position_embeddings": 64})
     assert common.positions_of(config) == 64
     assert common.positions_of(transformers.LlamaConfig(**sizes)) == 1024
+    assert common.positions_of(types.SimpleNamespace(max_position_embeddings=-1)) is None
 
 
 def test_check_model_keeps_within_the_positions(run):
     """A table of 64 positions, of which the completions may take all but one."""
     model = helpers.make_model("gpt2")
-    for room in (64, 12):
+    for room in (64, 12, 11):
         model.config.n_positions = room
         model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:room]
         checked(run, model, room - 1)
@@ -766,6 +816,8 @@ def test_select_takes_rows_and_trims_columns_to_their_longest():
         assert part.completion_ids[b, : part.lengths[b]].tolist() == completions[row]
         assert part.prompt_ids[b, 8 - part.prompt_lengths[b] :].tolist() == prompts[row]
     assert rollout.completion_ids.shape == (6, 9)  # untouched
+    square = common.rollout_of([[2, 3, 4], [5]], [[6, 7, 8], [9]], CPU).select(torch.tensor([1]))
+    assert square.prompt_ids.tolist() == [[0, 0, 5]] and square.completion_ids.tolist() == [[9]]
 
 
 def test_select_takes_along_what_a_script_has_added():
@@ -808,6 +860,9 @@ def test_join_keeps_everything_of_both():
     for one, other in ((first, second), (second, first)):
         with pytest.raises(common.UserError, match="only one of the two has weights"):
             one.join(other)
+    first.weights, second.step = torch.ones(6), 4
+    with pytest.raises(common.UserError, match="Rollout.join: step is 3 in one and 4 in the other"):
+        first.join(second)
 
 
 @pytest.mark.parametrize("lengths", [(2, 5), (12, 15)])  # of prompts and completions that come: shorter, longer
@@ -878,6 +933,8 @@ def test_means_weigh_every_number_the_same_whatever_the_parts(run):
         means.add("plain", values[rows])
         means.add("column", values[rows, :1], mask[rows])  # (b, 1) beside a mask (b, C): one number for all its tokens
     means.add("number", 3), means.add("number", 4.0), means.add("empty", values, torch.zeros(6, 5, dtype=torch.bool))
+    means.add("loss", torch.ones(1, requires_grad=True))
+    assert not means.sums["loss"].requires_grad  # else it would hold the activations of every micro-batch
     got = means.reduce(run)
     assert got["whole"] == pytest.approx(values[mask].mean().item(), abs=1e-6)
     assert got["plain"] == pytest.approx(values.mean().item(), abs=1e-6)
@@ -891,15 +948,39 @@ def test_metrics_of_scores_far_from_0_of_equal_ones_and_of_none(run):
 
     def metrics(scores):
         run.seconds, rollout.scores = {"rollout": 1.0, "update": 1.0}, scores
-        by_function = {"all": scores, "never": none}
+        by_function = {"all": scores, "some": torch.where(torch.arange(64) < 9, scores, math.nan), "never": none}
         return common.step_metrics(run, rollout, common.Scores(scores, by_function, [], False, {}, {}), common.Means(), [])
 
     spread = 1000 + 0.01 * torch.randn(64)
     got = metrics(spread)
     assert got["reward/std"] == pytest.approx(spread.double().std().item(), rel=0.01)
     assert got["reward/all"] == pytest.approx(1000, abs=0.1) and math.isnan(got["reward/never"])
+    assert got["reward/some"] == pytest.approx(float(spread[:9].mean()), abs=1e-3)
     assert metrics(torch.full((64,), 0.1))["reward/std"] == 0.0
     assert math.isnan(metrics(none)["reward/std"]) and math.isnan(metrics(none)["reward/mean"])
+
+
+def test_means_count_what_other_processes_have(run):
+    """Names among it that this one lacks: of a level of prompts, say."""
+    means = common.Means()
+    means.add("both", torch.tensor([1.0, 2.0]))
+    run.gather = lambda sums: [sums, {"both": [6.0, 1.0], "other": [3.0, 2.0]}]
+    assert means.reduce(run) == {"both": 3.0, "other": 1.5}
+
+
+def test_speed_is_that_of_all_phases_and_mfu_that_of_the_update(run, monkeypatch):
+    monkeypatch.setattr(common, "update_flops", lambda *_: 6e9), monkeypatch.setattr(common, "matrix_rate", lambda *_: 2e9)
+    rollout = common.rollout_of([[2, 3]] * 4, [[3, 1]] * 4, CPU)
+    rollout.scores, run.seconds, run.args.update_epochs = torch.arange(4.0), {"rollout": 3.0, "update": 1.0}, 2
+    metrics = common.step_metrics(run, rollout, common.Scores(rollout.scores, {}, [], False, {}, {}), common.Means(), [])
+    assert metrics["perf/tokens_per_second"] == 2.0 and metrics["perf/mfu"] == 6.0
+    assert 0.1 < metrics["perf/peak_memory_gb"] < 1000  # which PyTorch alone takes
+
+
+def test_the_measured_rate_is_of_multiplications_and_additions(monkeypatch):
+    """A second passes between two looks at the clock."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    assert common.matrix_rate.__wrapped__(CPU, torch.float32) == 10 * 2 * 512**3
 
 
 def test_a_mean_over_a_mask_of_another_shape_is_no_table(run):
@@ -1044,6 +1125,10 @@ def test_a_sampler_may_take_the_weights_of_another_model_which_changes_none(dtyp
     before = copy.deepcopy(policy.state_dict())
     sampler, uniforms = common.Sampler(policy, ENDS, 1.0, 12, getattr(torch, dtype)), torch.rand(4, 12)
     want = common.Sampler(average, ENDS, 1.0, 12, getattr(torch, dtype)).sample([[2, 3]], 4, uniforms)
+    own = common.Sampler(policy, ENDS, 1.0, 12, getattr(torch, dtype), own_copy=True)
+    own.refresh(average)
+    assert own.model is not average
+    assert own.sample([[2, 3]], 4, uniforms).completion_ids.tolist() == want.completion_ids.tolist()
     for model, same in ((average, True), (policy, False)):
         sampler.refresh(model)
         got = sampler.sample([[2, 3]], 4, uniforms)

@@ -57,6 +57,16 @@ def test_logprobs_entropies_and_gradients_of_the_head_are_the_plain_ones(device,
         assert float((got.detach().cpu() - want.detach()).norm() / want.detach().norm()) < 1e-5
 
 
+def test_a_logit_of_minus_infinity_has_no_gradient(device):
+    logits, ones = torch.randn(3, 40, device=device), torch.ones(3, 1, device=device)
+    logits[:, 7] = -torch.inf
+    log_totals, means = common.sums_of_logits(logits)
+    entropy, target = (log_totals - means)[:, 0], torch.arange(3, device=device)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5, rtol=0)
+    grad = common.gradient_of_logits(logits, log_totals, ones, ones, entropy, target, torch.float32)
+    assert grad.isfinite().all() and grad.any(dim=0).sum() == 39
+
+
 @pytest.mark.parametrize("vocabulary", [7, 96, 9_088, 9_101])
 def test_draw_inverts_the_cumulative_distribution(device, vocabulary):
     """Blocks of 1, 32 and 128 tokens, more than a program has rows for; one row allows one token, another none in most blocks."""
@@ -99,6 +109,32 @@ def test_rows_that_leave_and_rollouts_that_follow_change_nothing(device, monkeyp
         assert first_cache is None or sampler.cache is first_cache
         assert first_cache or sampler.cache.live == 16
         first_cache = sampler.cache
+
+
+def test_a_window_reaches_into_the_block_of_keys_before(device):
+    """With a head so wide that a block is of 16 tokens; its numbers do not lie side by side."""
+    layout, window = common.SharedPromptLayout((1, 1, 2), 20, device), 3
+    layout.start(torch.tensor([2], device=device), 1, 1, 2)
+    query, key, value = torch.randn(3, 128, 22, 1, device=device).permute(0, 2, 3, 1)
+    layout.fill(0, *(x[:2].transpose(0, 1)[None] for x in (key, value)))
+    for t in range(2, 22):
+        layout.use(t - 2)
+        got = layout.attend(0, *(x[t : t + 1] for x in (query, key, value)), 0.1, window)
+        seen = slice(max(t + 1 - window, 0), t + 1)
+        torch.testing.assert_close(got[0, 0], (0.1 * key[seen, 0] @ query[t, 0]).softmax(0) @ value[seen, 0], atol=1e-4, rtol=0)
+        layout.advance()
+
+
+def test_rows_that_left_are_no_members_of_their_prompts():
+    """Else two programs would write one row's results, and which does last is chance on a GPU."""
+    layout = common.SharedPromptLayout((4, 2, 3), 5, torch.device("cpu"))
+    layout.start(torch.tensor([2, 3]), 2, 4, 3)
+    assert layout.members.tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
+    layout.start(torch.tensor([2]), 2, 4, 3)
+    assert layout.group.tolist() == [0, 0, 0, 0]  # rows that nobody asked for read the length of the last prompt
+    layout.start(torch.tensor([2, 3]), 2, 4, 3)
+    layout.shrink(2, torch.tensor([3]), torch.tensor([0]))  # rows 0 and 2 have finished, and row 3 takes the place of row 0
+    assert layout.members.tolist() == [-1, 1, -1, 0, -1, -1, -1, -1]
 
 
 def test_where_no_kernel_can_be_built_plain_pytorch_takes_over(device, monkeypatch, capsys):

@@ -346,6 +346,12 @@ def test_a_weight_does_not_change_what_evaluation_counts_as_right():
     assert (eval_reward.name, eval_reward.function, eval_reward.weight) == ("exact", common.exact_reward, 1.0)
 
 
+def test_gsm8k_is_its_own_reward():
+    for flags, name in (({}, "gsm8k"), ({"dataset": "d"}, "exact"), ({"reward": ["format"]}, "format")):
+        (reward,), eval_reward = common.load_all_rewards(grpo.Args(model="m", **flags), None)
+        assert reward.name == eval_reward.name == name
+
+
 def test_a_file_with_a_reward_for_training_and_one_for_evaluation_is_executed_once(tmp_path):
     """A second module of it would have a name under which processes that a function spawns do not find it."""
     (tmp_path / "executed_once.py").write_text("def one(**_): pass\ndef other(**_): pass\n")
@@ -623,7 +629,8 @@ def test_defaults_depend_on_the_model_and_dataset_of_tiny_is_addition():
     with pytest.raises(common.UserError, match="--kl-estimator must be one of k1, k2, k3, not K3"):
         grpo.Args(kl_estimator="K3")
     assert common.parse_args(grpo.Args, ["--kl-coef", "0"]).kl_coef == 0  # 0 is no missing value
-    assert common.parse_args(grpo.Args, ["--reward-weights", "-1e-3"]).reward_weights == [-1e-3]  # no flag called -1e-3
+    weights = common.parse_args(grpo.Args, ["--reward-weights", "-1e-3", "-.5"]).reward_weights
+    assert weights == [-1e-3, -0.5]  # no flag called -1e-3
 
 
 # ---------------------------------------------------------------- what the user must mend: one line, status 2

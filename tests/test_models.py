@@ -2,8 +2,10 @@
 
 import json
 import math
+import types
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tokenizers
 import torch
@@ -126,6 +128,13 @@ def test_end_tokens_that_the_vocabulary_lacks_count_for_nothing(tmp_path, texts,
         train(grpo, tmp_path / "again", "--model", model, *flags)
 
 
+def test_end_tokens_are_numbers_of_the_text_parts_vocabulary_wherever_they_stand():
+    text = types.SimpleNamespace(vocab_size=29, eos_token_id=[3, 29, -1])
+    config = types.SimpleNamespace(eos_token_id=None, get_text_config=lambda: text)
+    model = types.SimpleNamespace(config=config, generation_config=types.SimpleNamespace(eos_token_id=[4, True, 2.0, None]))
+    assert common.end_tokens("m", types.SimpleNamespace(eos_token_id=28), model) == {3, 4, 28}
+
+
 @pytest.mark.parametrize("script", [grpo, ppo])
 def test_a_model_with_a_vision_tower_trains_on_text(script, tmp_path, texts, reward_file, capsys):
     """Its end tokens and hidden size stand in the config of its text part."""
@@ -136,6 +145,14 @@ def test_a_model_with_a_vision_tower_trains_on_text(script, tmp_path, texts, rew
     save_tokenizer(tmp_path / "model", eos_token="<other-end>")
     train(script, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
     assert "end tokens: 1 '<end>', 4 '<other-end>'" in capsys.readouterr().out
+
+
+def test_the_pad_learns_where_a_prompt_holds_it(tmp_path):
+    """A token like any other in a flat row, though an embedding in PyTorch gives it no gradient."""
+    save_model(tmp_path, "qwen2")
+    model = common.load_model(transformers.AutoModelForCausalLM, str(tmp_path), "--model", grpo.Args(model=str(tmp_path)))
+    common.completion_logprobs(model, common.rollout_of([[0, 5]], [[6]], torch.device("cpu")), 1.0).sum().backward()
+    assert model.get_input_embeddings().weight.grad[0].any()
 
 
 def test_model_without_any_end_token_is_refused(tmp_path, texts, reward_file):
@@ -234,6 +251,17 @@ def test_reward_model_scores_all_of_many_completions_of_one_length(tmp_path):
         assert score == pytest.approx(judge.eval()(torch.tensor([[WORDS.index(c) for c in text]])).logits.item(), abs=1e-5)
 
 
+def test_a_prompt_with_its_completion_may_fill_the_positions_of_a_reward_model(tmp_path):
+    judge = transformers.BertConfig(**helpers.SIZES | {"num_hidden_layers": 1, "max_position_embeddings": 7}, num_labels=1)
+    transformers.AutoModelForSequenceClassification.from_config(judge).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, eos_token="<end>")
+    args = common.parse_args(grpo.Args, ["--reward-model", str(tmp_path), "--device", "cpu", "--max-new-tokens", "6"])
+    reward = common.load_reward_model(args, common.Run(args))
+    assert len(reward(prompts=["abc"], completions=["defg"])) == 1
+    with pytest.raises(common.UserError, match="has 7 positions, but a prompt with its completion 8 tokens"):
+        reward(prompts=["abc"], completions=["defgh"])
+
+
 def test_reward_model_with_several_labels_is_refused(tmp_path):
     config = transformers.LlamaConfig(**helpers.SIZES, num_labels=2)
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
@@ -280,7 +308,7 @@ def test_a_model_of_no_language_is_refused_before_anything_loads(tmp_path):
     [
         ({"max_position_embeddings": 6}, "abc", "--max-new-tokens 6: --reward-model .*judge has 6 positions"),
         ({"max_position_embeddings": 7}, "abcdefgh", "--reward-model .*judge: has 7 positions, but a prompt .* 8 tokens"),
-        ({"vocab_size": 6}, "abc", "--reward-model .*judge: its tokenizer has token 7, but it knows 6"),
+        ({"vocab_size": 7}, "abc", "--reward-model .*judge: its tokenizer has token 7, but it knows 7"),
         ({}, [{"role": "user", "content": "ab"}], "--reward-model .*judge: has no chat template, but the prompts are chats"),
     ],
 )
@@ -290,12 +318,13 @@ def test_a_reward_model_that_cannot_take_the_prompts_is_refused_before_the_polic
     transformers.AutoModelForSequenceClassification.from_config(judge).save_pretrained(tmp_path / "judge")
     save_tokenizer(tmp_path / "judge", eos_token="<end>")
     rows = save_rows(tmp_path / "rows.jsonl", [{"prompt": prompt, "answer": "b"}] * 12)
-    with pytest.raises(common.UserError, match=named):
+    with pytest.raises(common.UserError, match=f"^{named}"):
         train(grpo, tmp_path, "--dataset", rows, "--reward-model", tmp_path / "judge")
     if changed == {}:
         rows = save_rows(tmp_path / "texts.jsonl", [{"prompt": "ab", "answer": "b"}] * 12)
-        with pytest.raises(common.UserError, match=named):
-            train(grpo, tmp_path, "--dataset", rows, "--reward-model", tmp_path / "judge", "--system-prompt", "be")
+        with pytest.raises(common.UserError, match=f"^{named}"):
+            flags = ["--system-prompt", "be", "--eval-reward", "exact"]  # so that the prompts to train on alone are for it
+            train(grpo, tmp_path, "--dataset", rows, "--reward-model", tmp_path / "judge", *flags)
 
 
 @pytest.mark.parametrize("family, noise", {"llama": "attention_dropout", "opt": "dropout", "mixtral": "router_jitter_noise"}.items())
@@ -307,6 +336,11 @@ def test_dropout_and_jitter_of_the_config_are_off_and_saved_as_they_were(family,
     folder = train(grpo, tmp_path, "--model", tmp_path / "model", "--dataset", texts, "--reward", f"{reward_file}:many_b")
     before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "model", folder / "final"))
     assert after[noise] == 0.5 and after == before
+
+
+def test_dropout_of_a_text_part_is_off_too():
+    config = transformers.Gemma3Config(text_config={"attention_dropout": 0.5})
+    assert common.without_noise(config).text_config.attention_dropout == 0.0 and config.text_config.attention_dropout == 0.5
 
 
 def test_weights_that_are_damaged_or_missing_are_refused(tmp_path, texts, reward_file):
@@ -422,10 +456,13 @@ def test_a_model_with_code_of_its_own_names_the_flag_that_runs_it(tmp_path, text
 def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capfd):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a port that refuses
+    session, asked = huggingface_hub.utils.get_session, []
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: asked.append(True) or session())
     args = common.parse_args(grpo.Args, ["--model", "someone/model"])
-    with pytest.raises(common.UserError, match="--model someone/model: cannot be loaded: .*connect"):
-        common.load_tokenizer(args.model, "--model", args)
-    assert "Retrying" not in capfd.readouterr().err
+    for _ in range(2):
+        with pytest.raises(common.UserError, match="--model someone/model: cannot be loaded: .*connect"):
+            common.load_tokenizer(args.model, "--model", args)
+    assert "Retrying" not in capfd.readouterr().err and len(asked) == 1
 
 
 def test_all_that_transformers_says_of_an_error_is_said_on_one_line(tmp_path, monkeypatch):
@@ -445,8 +482,9 @@ def test_critic_starts_from_another_model(tmp_path, texts, reward_file):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_gradient_checkpointing_acts_on_policy_and_critic(asked, tmp_path):
+def test_gradient_checkpointing_acts_on_policy_and_critic(asked, tmp_path, monkeypatch):
     """On a critic of its own and on one that starts from the policy, on the built-in model and on others."""
+    monkeypatch.setattr(common, "warm_start", None)
     folders = [save_model(tmp_path / "model"), save_model(tmp_path / "critic", "qwen2")]
     for model, critic in (("tiny", None), (folders[0], None), folders):
         args = ppo.Args(model=model, critic_model=critic, gradient_checkpointing=asked, device="cpu", resume="a run, so without warm start")
@@ -454,7 +492,7 @@ def test_gradient_checkpointing_acts_on_policy_and_critic(asked, tmp_path):
         policy, _ = common.load_policy(args, run, tokenizer)
         for learner in (policy, common.load_critic(args, run, policy)):
             layers = [module for module in learner.modules() if isinstance(module, common.GradientCheckpointingLayer)]
-            assert len(layers) == 2 and all(layer.gradient_checkpointing == asked for layer in layers)
+            assert len(layers) == 2 and all(layer.gradient_checkpointing == asked and layer.training for layer in layers)
 
 
 def test_pass_at_k_is_reported_for_powers_of_two(tmp_path, texts, reward_file):

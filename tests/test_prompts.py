@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import socket
 import sys
 import types
+from collections import Counter
 
 import pytest
 import tokenizers
@@ -87,6 +89,7 @@ def test_columns_are_copied_over_prompt_and_answer(tmp_path):
         ({"prompt": []}, "empty"),
         ({"prompt": [{"role": "user", "content": ""}]}, "empty"),
         ({"prompt": "half \ud800"}, "surrogate"),
+        ({"prompt": [*CHAT, {"role": "user", "content": "half \ud800"}]}, "surrogate"),
     ],
 )
 def test_broken_line_is_named_by_file_and_number(tmp_path, line, named):
@@ -120,6 +123,28 @@ def test_answer_column_must_exist_only_when_it_was_asked_for(tmp_path):
         common.load_rows(path, "train", answer_column="gold")
 
 
+def test_answer_column_may_be_missing_in_some_rows(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "gold": 1}, {"prompt": "q"})
+    assert [row["answer"] for row in common.load_rows(path, "train", answer_column="gold")] == [1, None]
+
+
+# ---------------------------------------------------------------- the built-in task
+
+
+def test_sums_of_the_built_in_task_are_right_and_each_is_in_one_set_with_its_mirror_image():
+    sets, kinds = {split: common.addition_rows(split) for split in ("test", "warm start", "train")}, {}
+    for split, rows in sets.items():
+        for row in rows:
+            a, b = (int(number[::-1]) for number in row["prompt"].rstrip("=").split("+"))
+            assert int(row["answer"][::-1]) == a + b and len(row["prompt"]) == 6 and len(row["answer"]) == 3
+            assert (row["level"] == "hard") == (a % 10 + b % 10 >= 10 or a // 10 + b // 10 >= 10)
+            kinds[a, b] = split
+        assert len({row["level"] for row in rows[:20]}) == 2  # shuffled
+    assert len(kinds) == sum(map(len, sets.values())) == 10_000 and all(split == kinds[b, a] for (a, b), split in kinds.items())
+    levels = {split: Counter(row["level"] for row in rows) for split, rows in sets.items()}
+    assert levels["test"] == {"easy": 251, "hard": 250} and levels["warm start"] == {"easy": 1400, "hard": 600}
+
+
 # ---------------------------------------------------------------- gsm8k and hub datasets
 
 
@@ -138,6 +163,7 @@ def test_gsm8k_is_fetched_once(gsm8k, monkeypatch):
 
     def download(url, target, hash_prefix):
         calls.append((url, target, hash_prefix))
+        assert socket.getdefaulttimeout() == 20  # else a firewall that drops packets looks like a hang
         path.write_bytes(content)
 
     monkeypatch.setattr("torch.hub.download_url_to_file", download)
@@ -145,7 +171,9 @@ def test_gsm8k_is_fetched_once(gsm8k, monkeypatch):
         [row] = common.load_rows("gsm8k", "test")
         assert row["prompt"] == "6 * 7?" and row["answer"].endswith("#### 42")
     assert calls == [(f"{common.GSM8K_URL}/test.jsonl", str(path), common.GSM8K_SHA256["test"])]
+    assert socket.getdefaulttimeout() is None
     assert common.load_rows("gsm8k", "test", prompt_column="question")[0]["prompt"] == "6 * 7?"
+    assert common.load_rows("gsm8k", "test", prompt_column="answer")[0]["prompt"] == "It is\n#### 42"
 
 
 def test_gsm8k_file_that_is_not_the_authors_is_named_and_kept(gsm8k):
@@ -243,12 +271,15 @@ def test_system_message_that_the_template_does_not_take_goes_before_the_users_te
     assert decoded([{"prompt": CHAT}, {"prompt": "hi"}], tokenizer, "be") == ["<user>be[U][U]hi;<assistant>"] * 2
     assert decoded([{"prompt": own}], tokenizer) == ["<user>own[U][U]hi;<assistant>"]
     assert own[1] == CHAT[0] == {"role": "user", "content": "hi"}  # as they were
+    for nowhere in (own[:1], [own[0], {"role": "assistant", "content": "a"}]):
+        assert common.system_in_user_turn(nowhere) == nowhere
     assert decoded([{"prompt": "hi"}], tokenizer, "") == ["<user>hi;<assistant>"]
 
 
 def test_what_becomes_of_the_chat_template_is_said(capsys):
-    def said(template, system_prompt, prompt="hi"):
-        run, rows = helpers.make_run(system_prompt=system_prompt, model="m", dataset="d"), [{"prompt": prompt}] * 12
+    def said(template, system_prompt, prompt="hi", held_out="hi"):
+        run = helpers.make_run(system_prompt=system_prompt, model="m", dataset="d")
+        rows = [{"prompt": prompt}] * 11 + [{"prompt": held_out}]
         config = transformers.LlamaConfig(vocab_size=50)
         common.tokenize_train_and_eval(run.args, run, make_tokenizer(template=template), config, rows[:11], rows[11:])
         run.advise({"reward/mean": 0.5, "reward/std": 1.0, "completions/truncated_ratio": 1.0, "completions/mean_length": 9.0})
@@ -257,8 +288,10 @@ def test_what_becomes_of_the_chat_template_is_said(capsys):
     unused, no_place = 'the chat template; with --system-prompt "" they do', "no place for a system message"
     told = said(TEMPLATE, None)
     assert unused in told and 'raise --max-new-tokens, or use the chat template: --system-prompt ""' in told
-    assert no_place in said(REFUSING, "be") and no_place in said(DROPPING, None, [{"role": "system", "content": "own"}, *CHAT])
-    for quiet in (said(None, None), said(TEMPLATE, "be"), said(DROPPING, ""), said(REFUSING, None, CHAT)):
+    own = [{"role": "system", "content": "own"}, *CHAT]
+    assert no_place in said(REFUSING, "be")
+    assert no_place in said(DROPPING, None, own) and no_place in said(DROPPING, None, CHAT, own)
+    for quiet in (said(None, None), said(TEMPLATE, "be"), said(DROPPING, ""), said(REFUSING, None, CHAT, CHAT)):
         assert unused not in quiet and no_place not in quiet and "--system-prompt" not in quiet
 
 
@@ -307,6 +340,14 @@ def test_long_prompts_are_dropped_not_cut():
     assert [len(prompt.ids) for prompt in prompts] == [4, 5] and dropped == 2
     with pytest.raises(common.UserError, match="--max-prompt-tokens 3; the shortest has 4 tokens"):
         common.tokenize_prompts(rows, tokenizer, None, 3)
+
+
+def test_prompts_that_are_dropped_on_either_side_are_counted(capsys):
+    run, config = helpers.make_run(model="m", dataset="d", max_prompt_tokens=3), transformers.LlamaConfig(vocab_size=50)
+    short, long = [{"prompt": "abc"}], [{"prompt": "abcd"}]
+    for train, held_out, count in ((short * 3, short + long, 1), (short + long * 2, short + long, 3)):
+        common.tokenize_train_and_eval(run.args, run, make_tokenizer(), config, train, held_out)
+        assert f"warning: {count} prompts longer than --max-prompt-tokens 3 were dropped\n" in capsys.readouterr().out
 
 
 def test_tokenising_errors():
@@ -415,6 +456,15 @@ def test_a_chat_among_gsm8k_rows_is_not_asked_as_a_text():
         common.tokenize_train_and_eval(run.args, run, make_tokenizer(), config, texts, [{"prompt": CHAT}])
 
 
+@pytest.mark.parametrize("given, used", [(None, common.GSM8K_INSTRUCTION), ("be", "be"), ("", None)])
+def test_gsm8k_is_asked_with_its_instruction_where_no_system_prompt_is_given(given, used):
+    run, config = helpers.make_run(system_prompt=given, model="m", dataset="gsm8k"), transformers.LlamaConfig(vocab_size=50)
+    rows = [{"prompt": f"a{i}"} for i in range(11)]
+    train, _ = common.tokenize_train_and_eval(run.args, run, make_tokenizer(template=TEMPLATE), config, rows, rows[:2])
+    system = [] if used is None else [{"role": "system", "content": used}]
+    assert train[0].prompt == [*system, {"role": "user", "content": "a0"}]
+
+
 def stream_of(size, seed=0):
     return common.PromptStream([common.Prompt([i], str(i), {}) for i in range(size)], seed)
 
@@ -433,6 +483,13 @@ def test_stream_repeats_nothing_in_an_epoch_and_resumes_from_position(size, take
     resumed = stream_of(size, seed)
     resumed.position = cut
     assert [prompt.ids[0] for prompt in resumed.next(len(taken) - cut)] == taken[cut:]
+
+
+def test_the_digest_of_a_stream_is_of_tokens_and_columns_of_any_kind():
+    a, b, c = (common.Prompt(ids, "p", {"answer": answer}) for ids, answer in (([1, 2], 1), ([1, 3], 1), ([1, 2], 2)))
+    assert len({common.PromptStream(prompts, 0).digest for prompts in ([a], [b], [c], [a, b], [b, a])}) == 5
+    odd = common.Prompt([1], "p", {"when": Counter, (1, 2): "a key that JSON has not"})
+    assert common.PromptStream([odd], 0).digest == common.PromptStream([odd], 1).digest
 
 
 def test_stream_order_changes_with_epoch_and_seed():

@@ -19,6 +19,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from threading import Lock
 
 import numpy
 import pytest
@@ -331,9 +332,10 @@ def test_what_a_user_keeps_beside_the_checkpoints_is_left_alone(stopped):
     kept = [folder / name for name in ("step-000004-best", "step-best")]
     for copy in kept:
         shutil.copytree(folder / names(folder)[-1], copy)
+    (folder / ".step-000003.partial").mkdir()  # but not what a killed run has half written
     assert [path.name for path in common.checkpoints_of(stopped)] == ["step-000002", "step-000004"]
     assert runs.run_here("grpo", ["--resume", str(stopped), "--keep-checkpoints", "1", "--save-every", "1"]) == 0
-    assert all(copy.is_dir() for copy in kept) and [path.name for path in common.checkpoints_of(stopped)] == ["step-000005"]
+    assert names(folder) == sorted([*(copy.name for copy in kept), "step-000005"])
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", -15)])
@@ -419,6 +421,8 @@ def test_what_is_saved_of_a_model_are_parameters_and_buffers_that_persist():
     weights = common.weights_of(model)
     norm = ["1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"]
     assert sorted(weights) == sorted(["0.weight", "0.bias", *norm, "kept"]) and weights["kept"] is model.kept
+    turned = common.gathered(helpers.make_run(), {"turned": torch.ones(2, 3).t()})["turned"]
+    assert turned.shape == (3, 2) and turned.is_contiguous()  # else safetensors refuses it
 
 
 def test_checkpoint_is_no_place_for_code(stopped):
@@ -445,9 +449,10 @@ def test_what_could_not_be_loaded_is_left_out_and_said(tmp_path, capsys):
     optimizer = torch.optim.SGD(model.parameters())
     optimizer.state[model.weight] = {"step": 7, "sum": torch.ones(1, 2)}
     kept = {"step": 3, "position": 5, "ema": [torch.ones(2)], "rate": 0.5, "seen": {"a": 1}}
-    common.save_checkpoint(run, {"policy": model}, optimizer, kept | {"last": deque([1]), "mean": numpy.float64(1), "table": numpy.ones(2)})
+    odd = {"last": deque([1]), "mean": numpy.float64(1), "table": numpy.ones(2), "schedule": lambda step: 1.0, "lock": Lock()}
+    common.save_checkpoint(run, {"policy": model}, optimizer, kept | odd)
     said = capsys.readouterr().out
-    assert all(f"warning: state['{key}'] is left out of checkpoints" in said for key in ("last", "mean", "table"))
+    assert all(f"warning: state['{key}'] is left out of checkpoints" in said for key in odd)
     optimizer = torch.optim.SGD(model.parameters())
     assert str(common.load_checkpoint(run, {"policy": model}, optimizer, prompts)) == str(kept)
     assert str(optimizer.state[model.weight]) == str({"step": 7, "sum": torch.ones(1, 2)})
@@ -528,6 +533,28 @@ def test_a_copied_script_goes_by_its_own_name(stopped, undisturbed, tmp_path, ca
     assert mine.main(args) == 0
     assert "warning: this run was begun by grpo.py and goes on with mine.py" in capsys.readouterr().out
     assert_same_end(stopped, undisturbed["grpo"])
+
+
+def test_arguments_are_read_back_whatever_their_values(tmp_path):
+    """Also of a run whose script lacked a flag of today's, which then has its default."""
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    saved = {"steps": 7, "scale_rewards": False, "kl_coef": 0.0, "eval_every": 0, "log_samples": 3, "system_prompt": ""}
+    (tmp_path / "args.json").write_text(json.dumps(saved))
+    args = common.parse_args(grpo.Args, ["--resume", str(tmp_path), "--log-samples", "2"])
+    assert args == grpo.Args(**saved | {"log_samples": 2, "resume": str(tmp_path)})
+
+
+def test_what_a_killed_run_left_half_written_is_written_anew(tmp_path):
+    (tmp_path / ".final.partial").mkdir(), (tmp_path / ".final.partial" / "half").touch()
+    with common.complete_or_absent(tmp_path / "final", "the final model") as partial:
+        (partial / "whole").touch()
+    assert names(tmp_path) == ["final"] and names(tmp_path / "final") == ["whole"]
+
+
+def test_the_newest_checkpoint_is_that_of_the_largest_number(tmp_path):
+    for name in ("step-1000000", "step-999999", "step-000002", "step-3.old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in common.checkpoints_of(tmp_path)] == ["step-000002", "step-999999", "step-1000000"]
 
 
 def refusal(argv, script="grpo"):

@@ -97,7 +97,9 @@ def test_exact():
         (r"\boxed{-\dfrac{1}{2}}", "-1/2"),
         (r"42 \boxed{}", None),
         (r"42 \boxed{42", None),
+        ("9" * 100, "9" * 100),
         ("9" * 101, None),
+        (r"\boxed{" + " " * 1000 + "42}", None),
         (r"\boxed{4\frac{1}{2}}", "9/2"),
         (r"\boxed{-4\dfrac12}", "-9/2"),
         (r"\boxed{\frac12}", "1/2"),
@@ -120,6 +122,7 @@ def test_exact():
         ("6 * 7", None),
         ("x/42", None),
         ("#### x_42", None),
+        ("#### x_42 is how this one is called", None),
         ("#### 1.5e3", None),
         ("1e42", None),
         ("5:42", None),
@@ -199,6 +202,7 @@ def test_gsm8k_reads_every_spelling_of_an_integer(number, spelling):
         ("thinking\n1 + 2 = 3\n(1+2)*8 = 24", 1.0),
         ("<answer>1 + 2</answer> no: <answer> (1+2)*8 </answer> done", 1.0),
         ("<answer>(1 + 2) × 8 = 24.</answer>", 1.0),
+        ("<answer>(1 + 2) * 8</answer> in <answer>", 1.0),
         ("-(1 + 2) * -8", 1.0),
         ("<answer>1 + 2 + 8</answer>\n(1 + 2) * 8", 0.0),  # the tags win
         ("(1 + 2) * 8 = 25", 0.0),
@@ -387,6 +391,12 @@ def test_functions_may_spawn_processes_that_call_their_files_own(reward_file):
     assert run(common.load_rewards([f"{path}:lengths"]), ["a", "bcd"]).total.tolist() == [1.0, 3.0]
 
 
+def test_a_file_that_is_imported_already_is_not_replaced_by_another_module_of_it(reward_file):
+    path = reward_file("def f(completions): return [1.0] * len(completions)", "imported_twice.py")
+    first, second = common.import_file(path), common.import_file(path)
+    assert sys.modules["imported_twice"] is first and sys.modules[second.__name__] is second is not first
+
+
 def test_the_folder_of_a_reward_file_joins_the_search_path_behind_all_others(reward_file, tmp_path, monkeypatch):
     """What lies beside it hides no library of that name."""
     monkeypatch.setattr(sys, "path", [str(tmp_path / "libraries"), *sys.path])
@@ -450,7 +460,7 @@ def run(functions, completions, prompts=None, ids=None, **options):
 
 def test_functions_get_keywords_columns_and_chats():
     chat = [{"role": "user", "content": "q"}]
-    prompts = [common.Prompt([1], chat, {"answer": "x", "level": 1}), common.Prompt([1], "text", {"answer": "y"})]
+    prompts = [common.Prompt([1], chat, {"answer": "x"}), common.Prompt([1], "text", {"answer": "y", "level": 1})]
     seen = {}
 
     def function(**kwargs):
@@ -461,7 +471,7 @@ def test_functions_get_keywords_columns_and_chats():
     assert seen["prompts"] == [chat, "text"]
     assert seen["completions"] == [[{"role": "assistant", "content": "a"}], "bc"]
     assert seen["completion_ids"] == [[5], [6, 7]]
-    assert seen["answer"] == ["x", "y"] and seen["level"] == [1, None]
+    assert seen["answer"] == ["x", "y"] and seen["level"] == [None, 1]
     assert seen["trainer_state"] == "state"
 
 
@@ -525,6 +535,13 @@ def test_built_in_rewards_look_at_the_answers_before_a_run():
             common.check_rewards(common.load_rewards([name]), rows)
 
 
+def test_a_reward_model_is_tried_on_the_shortest_prompts_which_are_not_dropped_as_too_long():
+    seen = []
+    reward = common.Reward("reward_model", lambda prompts, completions: seen.extend(map(len, prompts)) or [0.0] * len(prompts))
+    common.check_rewards([reward], [{"prompt": "a" * n} for n in range(20, 0, -1)])
+    assert seen == list(range(1, 9))
+
+
 def test_functions_of_trl_style():
     """What TRL's documentation shows: async functions, None, its spelling of ids, logging, the trainer's state."""
 
@@ -560,6 +577,9 @@ def test_what_functions_log_follows_replaced_rows():
     scores = run([logs], ["a", "b", "c"])
     scores.replace([0, 2], run([logs], ["x", "y"]))
     assert scores.metrics == {"n": [3.0, 2.0]} and scores.extra == {"upper": ["X", "B", "Y"]}
+    silent = run([lambda completions: [0.0] * len(completions)], ["a", "b", "c"])
+    silent.replace([0, 2], run([logs], ["x", "y"]))
+    assert silent.extra == {"upper": ["X", None, "Y"]}
 
 
 def test_async_functions_share_one_loop_with_what_their_file_made():
@@ -695,8 +715,9 @@ def test_an_exception_names_function_type_message_and_line(reward_file):
     path = reward_file(
         """
         import json
+        read = lambda text: json.loads(text)
         def broken(completions, **kwargs):
-            return [json.loads(text) for text in completions]
+            return [read(text) for text in completions]
         async def later(completions, **kwargs):
             raise ValueError("two\\nlines")
         async def cancelled(completions, **kwargs):
@@ -707,10 +728,10 @@ def test_an_exception_names_function_type_message_and_line(reward_file):
         """
     )
     for name, named in [
-        ("broken", rf"reward broken raised JSONDecodeError: Expecting .* at {path}:4"),
-        ("later", rf"reward later raised ValueError: two lines at {path}:6, called with 2 completions, the first: 'not json'$"),
-        ("leave", rf"reward leave raised SystemExit: 0 at {path}:11"),
-        ("cancelled", rf"reward cancelled raised CancelledError at {path}:9"),
+        ("broken", rf"reward broken raised JSONDecodeError: Expecting .* at {path}:3"),
+        ("later", rf"reward later raised ValueError: two lines at {path}:7, called with 2 completions, the first: 'not json'$"),
+        ("leave", rf"reward leave raised SystemExit: 0 at {path}:12"),
+        ("cancelled", rf"reward cancelled raised CancelledError at {path}:10"),
     ]:
         with pytest.raises(common.UserError, match=named) as error:
             run(common.load_rewards([f"{path}:{name}"]), ["not json", "{}"])
@@ -757,6 +778,19 @@ def test_time_limit_gives_a_timer_back_that_was_there_before():
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_timer_that_runs_out_in_the_call_goes_off_after_it():
+    went_off = []
+    before = signal.signal(signal.SIGALRM, lambda *_: went_off.append(True))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        assert run([lambda completions: time.sleep(0.05) or [float(len(went_off))]], ["a"], timeout=5).total.tolist() == [0.0]
+        time.sleep(0.01)
+        assert went_off
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_time_limit_is_left_out_in_other_threads():
     totals = []
     thread = threading.Thread(target=lambda: totals.append(run([lambda completions: [1.0]], ["a"], timeout=5).total))
@@ -779,11 +813,12 @@ def test_what_a_reward_file_changes_for_the_process_is_put_back(tmp_path):
         "def moves(completions):\n    with tempfile.TemporaryDirectory() as folder:\n        os.chdir(folder)\n"
         "        torch.set_grad_enabled(False)\n        torch.set_default_dtype(torch.float64)\n        return [1.0] * len(completions)\n"
     )
-    before = os.getcwd()
+    before, open_files = os.getcwd(), len(os.listdir("/dev/fd"))
     rewards = common.load_rewards([f"{tmp_path / 'a.py'}:moves"])
     assert os.getcwd() == before and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert run(rewards, ["a"]).total.tolist() == [1.0]
     assert os.getcwd() == before and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert len(os.listdir("/dev/fd")) == open_files
 
 
 @pytest.mark.parametrize(("value", "weight"), [(3e38, 10.0), (-1e30, 1.0)])

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import os
 import signal
+import sys
 import time
 import types
 
@@ -71,8 +73,31 @@ def test_defaults_of_other_models_than_the_tiny_one_are_said_to_a_new_run_alone(
     helpers.make_run(model="m", max_new_tokens=7)
     said = capsys.readouterr().out
     assert said.startswith("defaults of models other than the tiny one: --dataset gsm8k") and "--max-new-tokens" not in said
+    assert "None" not in said  # of flags with one default for all models
     helpers.make_run(model="m", resume="run"), helpers.make_run()
     assert capsys.readouterr().out == ""
+
+
+def test_table_of_samples_is_of_prompts_all_over_the_rollout(capsys):
+    """After the last step in the terminal, too."""
+    run, tables = helpers.make_run(steps=4, log_samples=3), []
+    run.writer = types.SimpleNamespace(add_text=lambda tag, text, step: tables.append(text.splitlines()))
+    prompts, extra = [common.Prompt([1], f"p{i}|", {}) for i in range(8)], {"note": list("abcdefgh")}
+    run.log_samples(3, prompts, ["c" * 999] * 8, torch.arange(8.0), extra)
+    assert tables[0][0] == "| prompt | completion | score | note |" and capsys.readouterr().out == ""
+    assert tables[0][2:] == [f"| p{i}\\| | {'c' * 500} | {i} | {'abcdefgh'[i]} |" for i in (0, 2, 5)]
+    run.log_samples(4, prompts[:2], ["c", "d"], torch.arange(2.0), {})
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(tables[1]) == 2 + 2 and shown[1:] == [["0", "p0|", "c"], ["1", "p1|", "d"]]
+    run.args.log_samples = 0
+    run.log_samples(4, prompts, ["c"] * 8, torch.arange(8.0), {})
+    assert len(tables) == 2 and capsys.readouterr().out == ""
+
+
+def test_bars_are_shown_by_the_first_process_on_a_terminal(monkeypatch):
+    for rank, terminal, shown in (("0", True, True), ("1", True, False), ("0", False, False)):
+        monkeypatch.setenv("RANK", rank), monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert common.progress([], "a bar").disable != shown
 
 
 # ---- Processes, steps and signals ----
@@ -85,6 +110,32 @@ def test_prompts_that_cannot_be_split_between_processes_and_minibatches_are_refu
     with pytest.raises(common.UserError, match=f"^--prompts-per-step {prompts} cannot be split evenly between {between}"):
         helpers.make_run(prompts_per_step=prompts, num_minibatches=parts)
     assert helpers.make_run(prompts_per_step=2 * world * parts, num_minibatches=parts).world == world
+
+
+def test_what_cannot_be_split_evenly_is_refused():
+    run = helpers.make_run(num_minibatches=2)
+    with pytest.raises(common.UserError, match="^a rollout of 63 prompts cannot be split evenly between --num-minibatches 2$"):
+        run.minibatches(1, 63)
+    run.world = 2
+    with pytest.raises(common.UserError, match="^Run.own_part: 3 items cannot be split evenly between 2 processes$"):
+        run.own_part([1, 2, 3])
+
+
+def test_the_seconds_of_a_phase_end_with_the_next(run, monkeypatch):
+    for name, now in (("rollout", 10.0), ("update", 12.0), (None, 15.0)):
+        monkeypatch.setattr(time, "perf_counter", lambda now=now: now)
+        run.phase(name)
+    assert run.seconds == {"rollout": 2.0, "update": 3.0}
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    """root may write anywhere, so it is told that it may not."""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    for folder in (tmp_path, tmp_path / "run" / "1"):
+        said = f"^--output-dir {folder}: {tmp_path} is a file, or a folder that cannot be written to$"
+        with pytest.raises(common.UserError, match=said):
+            common.check_new_folder(folder)
+    assert not any(tmp_path.iterdir())
 
 
 def test_reward_functions_read_how_many_steps_are_done():
@@ -106,6 +157,25 @@ def test_signals_stop_a_run_but_not_one_that_is_ignored(run):
     assert run.must_stop() and run.stop_signal == signal.SIGTERM
     run.give_signals_back()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_is_not_for_processes_that_a_reward_function_forks_but_they_may_be_terminated(run):
+    run.catch_signals()
+    for number, status in ((signal.SIGINT, 0), (signal.SIGTERM, signal.SIGTERM)):
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(number)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == status
+    assert not run.must_stop()
+
+
+def test_a_closed_terminal_does_not_silence_output_that_goes_elsewhere(run, capfd):
+    run.catch_signals()
+    signal.raise_signal(signal.SIGHUP)
+    os.write(1, b"to a file\n"), os.write(2, b"to a file\n")
+    out, err = capfd.readouterr()
+    assert "to a file\n" in out and "to a file\n" in err
 
 
 # ---- What it draws ----
@@ -160,6 +230,11 @@ def test_no_two_samples_of_an_evaluation_share_their_random_numbers_and_processe
     assert len(want) == 300 and len(rows) == len(set(rows)) == 1200
     parts = [evaluation(rank, 2, 300, eval_samples=4)[1] for rank in (0, 1)]
     assert [len(part) for part in parts] == [150, 150] and parts[0] | parts[1] == want
+
+
+def test_a_prompt_may_have_more_samples_than_are_taken_at_once():
+    metrics, given = evaluation(prompts=2, eval_samples=300)
+    assert metrics["eval/pass@256"] == metrics["eval/pass@300"] == 1.0 and [len(rows) for rows in given.values()] == [300, 300]
 
 
 def test_a_reward_that_takes_too_long_in_an_evaluation_is_ended():
