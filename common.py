@@ -84,22 +84,22 @@ except ImportError:
 
 
 class UserError(Exception):
-    """Something that the user must mend; the scripts print it as one line and exit with status 2."""
+    """An error that the user can fix; the scripts print it as one line and exit with status 2."""
 
     met_by_all = False  # whether all processes raise it, at the same place
 
 
 def one_line(error: BaseException) -> str:
-    """Type and message of a foreign error on one line of bounded length, to stand in the line of a UserError."""
+    """Type and message of another library's error on one line, the message cut to 300 characters, for use in a UserError."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
 
 
 @contextlib.contextmanager
 def explained_as(what: str, *kinds: type):
-    """In the block an error of another library (of these kinds, or any) becomes the UserError "what: error"."""
+    """Context manager: an error that the block raises (of these `kinds`, by default any) becomes UserError "what: error"."""
     try:
         yield
-    except (UserError, torch.cuda.OutOfMemoryError):  # the latter goes on to those who name the flags
+    except (UserError, torch.cuda.OutOfMemoryError):  # callers handle the latter and name the flags to change
         raise
     except kinds or Exception as error:
         raise UserError(f"{what}: {one_line(error)}") from error
@@ -118,7 +118,7 @@ def flag(default=None, help="", *, tiny=None, real=None, at_least=None, above=No
 
 
 def metadata_of(field) -> dict[str, Any]:
-    """What `flag` has noted of a field of `Args`; for a plain one, as in `name: float = 0.1`: no bounds."""
+    """The metadata that `flag` gave a field of `Args`; a plain field, as in `name: float = 0.1`, has no bounds."""
     argument = {"action": "extend"} if callable(field.default_factory) else {}
     return {"argument": argument, "bounds": (None, None, None), "by_model": (None, None)} | field.metadata
 
@@ -133,7 +133,7 @@ class OneLineParser(HfArgumentParser):
         raise UserError(message)
 
 
-# What a resumed run may change: nothing that the path of the training depends on.
+# Flags that --resume may change: the course of training depends on none of them.
 RESUME_MAY_CHANGE = {
     "resume", "device", "micro_batch_tokens", "compile", "gradient_checkpointing", "eval_every", "save_every",
     "keep_checkpoints", "log_samples", "reward_timeout",
@@ -141,9 +141,9 @@ RESUME_MAY_CHANGE = {
 
 
 def parse_args(Args, argv=None):
-    """Command line to a checked instance of the dataclass `Args`; takes --group-size and --group_size alike.
+    """Parse the command line into a checked instance of the dataclass `Args`; accepts --group-size and --group_size.
 
-    With --resume RUN the arguments are those of that run, and only a few may be given anew.
+    With --resume RUN the arguments are that run's, and only those in RESUME_MAY_CHANGE may differ.
     """
     plain, hints = [], typing.get_type_hints(Args)
     for f in dataclasses.fields(Args):  # HfArgumentParser would hand the bounds to argparse, so it gets a plain copy
@@ -161,7 +161,7 @@ def parse_args(Args, argv=None):
             forms = {f"--no-{f.name.replace('_', '-')}", f"--no_{f.name}"}
             parser.add_argument(*sorted(forms), dest=f.name, action="store_false", help=argparse.SUPPRESS)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # Python before 3.14 takes -1e-3 for a flag
-    parser.parse_args(argv)
+    parser.parse_args(argv)  # answers --help, which shows the defaults
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))  # only what stands on the command line
@@ -188,7 +188,7 @@ def parse_args(Args, argv=None):
 
 
 def check_resumed(args):
-    """Raises UserError unless an `Args(resume=...)` made in Python has the run's own arguments; `parse_args` sees to that itself."""
+    """Raises UserError unless an `Args(resume=...)` made in Python has the run's saved arguments, as `parse_args` ensures."""
     saved = parse_args(type(args), ["--resume", args.resume])
     for f in dataclasses.fields(args):
         mine, its = getattr(args, f.name), getattr(saved, f.name)
@@ -204,7 +204,7 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def check_args(args):
-    """When an `Args` is made: fills in the defaults that depend on the model, checks numbers and choices; UserError names the flag."""
+    """`__post_init__` of `Args`: sets defaults that depend on the model, checks numbers and choices; errors name the flag."""
     for f in dataclasses.fields(args):
         metadata = metadata_of(f)
         (at_least, above, at_most), by_model = metadata["bounds"], metadata["by_model"]
@@ -225,7 +225,7 @@ def check_args(args):
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 continue
             is_finite = abs(value) <= torch.finfo(torch.float32).max or isinstance(value, int)  # float32 has no 1e300
-            if not is_finite and not ("clip" in f.name and value == math.inf):  # an infinite clip is none
+            if not is_finite and not ("clip" in f.name and value == math.inf):  # inf: no clipping
                 raise UserError(f"{name} must be a finite number, not {value}")
             if at_least is not None and value < at_least:
                 raise UserError(f"{name} must be at least {at_least}, not {value}")
@@ -236,7 +236,7 @@ def check_args(args):
 
 
 def run_script(main, Args):
-    """What `python script.py` does: what the user must mend becomes one line on standard error and exit status 2."""
+    """Entry point of `python script.py`: an error that the user can fix becomes one line on stderr and exit status 2."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if hasattr(sys.stdout, "reconfigure"):
@@ -253,7 +253,7 @@ def run_script(main, Args):
                 raise
             advice = "take fewer --prompts-per-step, --max-new-tokens or --eval-samples"
             text = f"out of {'GPU ' * of_gpu}memory: {advice} ({one_line(error)})"
-        if store is None or store.add("errors", 1) == 1:  # of several processes the first one says it and ends all
+        if store is None or store.add("errors", 1) == 1:  # the first process to fail prints its error and ends all
             print(f"{script}: error: {text}", file=sys.stderr, flush=True)
             if store is not None:
                 store.set("ended", "")
@@ -266,8 +266,8 @@ def run_script(main, Args):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    # The thread that watches the store may wake up while Python shuts down, which aborts the process; and Python would wait
-    # for threads in which a reward function that took too long may still be at work.
+    # os._exit, because the thread that watches the store may wake up while Python shuts down, which aborts the process, and
+    # because Python would wait for threads in which a timed-out reward function may still run.
     if store is not None or timed_out:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
@@ -275,11 +275,11 @@ def run_script(main, Args):
 
 
 def join_processes():
-    """Under torchrun: meet the other processes, and end with status 2 once one meets an error. Returns their store."""
+    """Under torchrun: join the process group, and exit with status 2 once any process reports an error. Returns the store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
-    # gloo, and nccl for tensors on GPUs. A day, since the others wait while one writes a checkpoint or scores its answers;
-    # a process that dies is noticed by torchrun and by the thread below.
+    # The backend is gloo, and nccl for tensors on GPUs. The timeout is a day, since the others wait while one process writes
+    # a checkpoint or scores. torchrun notices a process that dies, the thread below one that reports an error.
     with explained_as("WORLD_SIZE is set, but not all that torchrun sets beside it", ValueError):
         dist.init_process_group(timeout=timedelta(days=1))
     store = dist.distributed_c10d._get_default_store()
@@ -326,12 +326,12 @@ def check_new_folder(folder):
 
 
 def utf8(text: str) -> str:
-    """The text with marks in place of halves of surrogate pairs, which TensorBoard cannot write."""
+    """The text with question marks in place of lone surrogates, which TensorBoard cannot write."""
     return text.encode(errors="replace").decode()
 
 
 def make_new_folder(folder: Path) -> Path:
-    """Makes `folder`, or if it exists, of a run that began in the same second, one with a number after its name."""
+    """Create `folder`; if it exists (a run began in the same second), create one with a number after its name."""
     for n in itertools.count(1):
         with contextlib.suppress(FileExistsError):
             new = folder if n == 1 else folder.with_name(f"{folder.name}-{n}")
@@ -340,13 +340,13 @@ def make_new_folder(folder: Path) -> Path:
 
 
 def not_of_tensorboard(failure):
-    """Prints what ended a thread; not for TensorBoard's, since `Run.log` meets the same error and says it in a line."""
+    """As `threading.excepthook`: print what ended a thread, except TensorBoard's, whose error `Run.log` reports in one line."""
     if type(failure.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failure)
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder, the oldest first; what else a user may keep beside them is none."""
+    """The checkpoints in a run's folder, oldest first; anything else kept beside them is ignored."""
     found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -383,7 +383,7 @@ class Run:
         if args.resume:
             check_resumed(args)
         else:
-            check_new_folder(args.output_dir or Path("runs", f"{self.script}__"))  # the name of no run, which goes on
+            check_new_folder(args.output_dir or Path("runs", f"{self.script}__"))  # stands for the default name
         if args.prompts_per_step % (self.world * args.num_minibatches):
             parts = f"{self.world} processes and " * (self.world > 1) + f"--num-minibatches {args.num_minibatches}"
             raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly between {parts}")
@@ -393,8 +393,8 @@ class Run:
         self.stop_signal, self.bar, self.handlers = None, None, {}
         self.last_line, self.latest, self.said = 0.0, {}, set()
         self.micro_batch_tokens = args.micro_batch_tokens
-        self.leaves_template_unused = False  # by the prompts of a chat model
-        self.skipped_updates = self.skipped_in_a_row = 0  # in this step, and up to now; 5 in a row end the run
+        self.leaves_template_unused = False  # True: text prompts bypass the model's chat template
+        self.skipped_updates = self.skipped_in_a_row = 0  # in this step; in a row up to now: 5 end the run
         self.seconds, self.current_phase, self.phase_started = {}, None, 0.0
         # What TRL's reward functions read: steps done so far, and in all.
         self.trainer_state = types.SimpleNamespace(global_step=0, max_steps=args.steps)
@@ -402,7 +402,7 @@ class Run:
             self.say_defaults()
 
     def say_defaults(self):
-        """Which defaults the model decided, since a reader of the tiny run's figures may expect those."""
+        """Print the defaults that differ from the tiny model's, since a user may expect the tiny model's."""
         by_model = {f.name: metadata_of(f)["by_model"] for f in dataclasses.fields(self.args)}
         same = [name for name, (tiny, real) in by_model.items() if tiny != real and getattr(self.args, name) == real]
         chosen = ", ".join(f"--{name.replace('_', '-')} {getattr(self.args, name)}" for name in same)
@@ -428,7 +428,7 @@ class Run:
         return device
 
     def autocast(self):
-        """bfloat16 matrix products over float32 weights, where --dtype asks for them."""
+        """Autocast for bfloat16 matrix products over float32 weights; does nothing if `compute_dtype` is float32."""
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     def uniforms(self, step: int, purpose: int, *shape) -> Tensor:
@@ -442,10 +442,10 @@ class Run:
         return torch.rand(*shape, generator=generator)
 
     def minibatches(self, number: int, prompts: int) -> list[Tensor]:
-        """Random split of a rollout into --num-minibatches parts: which of this process's `prompts` (how many) are in each.
+        """Random split of a rollout into --num-minibatches parts: for each, indices into this process's `prompts` prompts.
 
-        `number` seeds it: another one for each epoch. The same parts whatever the number of processes, and the same work for
-        each of them: of every --num-minibatches neighbours one goes to each part.
+        `number` seeds the split: pass a new one for each epoch. Of every --num-minibatches neighbouring prompts one goes to
+        each part, so the split does not depend on the number of processes, and all of them get equal work.
         """
         n, parts = prompts * self.world, self.args.num_minibatches
         if prompts % parts:
@@ -454,7 +454,7 @@ class Run:
         return [(part_of == part).nonzero()[:, 0] for part in range(parts)]
 
     def sum(self, *numbers):
-        """The sums of these numbers over all processes; a sequence also of one: run.sum(x)[0]."""
+        """The sum of each number over all processes; a sequence even for one number: run.sum(x)[0]."""
         if self.world == 1:
             return numbers
         return [sum(parts) for parts in zip(*self.gather([float(x) for x in numbers]))]
@@ -464,7 +464,7 @@ class Run:
         return max(self.gather(number))
 
     def gather(self, value) -> list:
-        """Every process's value, in all of them. An error that one of them gives as its value is raised in all."""
+        """A list of all processes' values, the same in each. A UserError that one passes as its value is raised in all."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
@@ -475,7 +475,7 @@ class Run:
         return values
 
     def own_part(self, items):
-        """This process's part of a list or tensor, which has to be the same in all of them, and a multiple of their number long."""
+        """This process's part of `items`, which must be the same in all processes; their number must divide its length."""
         if len(items) % self.world:
             raise UserError(f"Run.own_part: {len(items)} items cannot be split evenly between {self.world} processes")
         size = len(items) // self.world
@@ -484,8 +484,8 @@ class Run:
     def steps(self, first: int) -> Iterator[int]:
         """The numbers of the steps still to do, with a progress bar. From here on signals stop the run after a step."""
         form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"  # fits into 80 columns
-        numbers, total = range(first, self.args.steps + 1), self.args.steps
-        self.bar = progress(numbers, None, initial=first - 1, total=total, bar_format=form)
+        left, total = range(first, self.args.steps + 1), self.args.steps
+        self.bar = progress(left, None, initial=first - 1, total=total, bar_format=form)
         self.trainer_state.global_step = first - 1
         self.catch_signals()
         try:
@@ -539,14 +539,14 @@ class Run:
     # ---- signals ----
 
     def catch_signals(self):
-        """The first Ctrl-C, SIGTERM or SIGHUP lets the step in hand finish; a second does what it would have done anyway.
+        """The first Ctrl-C, SIGTERM or SIGHUP stops the run after the current step; a second has its usual effect.
 
-        But not a second SIGHUP: when a terminal is closed its shell sends one to its jobs, and Linux one more.
+        Except for SIGHUP: closing a terminal sends two of them, one from the shell to its jobs and one from Linux.
         """
         process, terminals = os.getpid(), [output for output in (1, 2) if os.isatty(output)]
 
         def stop(number, frame):
-            if os.getpid() != process:  # one that a reward function has forked: it may be terminated, but Ctrl-C is for us
+            if os.getpid() != process:  # forked by a reward function: SIGTERM ends it, Ctrl-C is for its parent
                 if number != signal.SIGINT:
                     signal.signal(number, signal.SIG_DFL)
                     os.kill(os.getpid(), number)
@@ -568,12 +568,12 @@ class Run:
                     self.handlers[number] = signal.signal(number, stop)
 
     def give_signals_back(self):
-        """In a notebook Ctrl-C goes on to mean something."""
+        """Restore the signal handlers, so that Ctrl-C works as usual in a notebook afterwards."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
     def must_stop(self) -> bool:
-        """Whether any process was told to stop, or nothing is learned any more; all processes get the same answer."""
+        """Whether any process was told to stop, or 5 updates in a row were skipped; the same answer in all processes."""
         number = self.max(self.stop_signal or 0)
         if number:
             self.stop_signal = number
@@ -593,7 +593,7 @@ class Run:
         return f"to go on: {launcher} {shlex.join(command)}"
 
     def say_stopped(self, step) -> int:
-        """How to go on after a signal; returns the exit status. UserError where it was none."""
+        """After `must_stop`: print how to resume and return the exit status; UserError unless a signal stopped the run."""
         self.close()
         if self.stop_signal:
             self.say(f"stopped after step {step}; {self.to_go_on()}")
@@ -632,7 +632,7 @@ class Run:
         with explained_as(f"--output-dir {self.folder}: TensorBoard's events cannot be written", OSError):
             for name, value in metrics.items():
                 self.writer.add_scalar(utf8(name), float(value), step)
-            self.writer.flush()  # what a checkpoint follows must not be lost with a process that is killed
+            self.writer.flush()  # a checkpoint may follow: the scalars of its steps must survive if the process is killed
         self.advise(metrics)
         short = {"acc": "eval/accuracy", "reward": "reward/mean", "kl": "objective/kl", "tok/s": "perf/tokens_per_second"}
         self.latest |= {name: float(metrics[scalar]) for name, scalar in short.items() if scalar in metrics}
@@ -675,13 +675,13 @@ class Run:
                 self.warn_once(text)
 
     def log_samples(self, step, prompts, completions, scores, extra):
-        """A table of some completions, of prompts all over the rollout, with their scores and the columns of `extra`; after
-        the last step, without these, also in the terminal."""
+        """Log a table of completions from prompts spread over the rollout, with scores and the columns of `extra`. After the
+        last step, also print it, without those columns."""
         if self.rank > 0 or self.args.log_samples == 0:
             return
         n, head = min(self.args.log_samples, len(prompts)), ["prompt", "completion", "score", *extra]
         rows = []
-        for i in (i * len(prompts) // n for i in range(n)):
+        for i in [part * len(prompts) // n for part in range(n)]:
             cells = [prompts[i].prompt, completions[i], f"{scores[i].item():.3g}", *(column[i] for column in extra.values())]
             # Without line breaks, tabs and the commands that terminals obey, all of which a model may write.
             rows.append(["".join(c if c.isprintable() else " " for c in str(cell)) for cell in cells])
@@ -697,9 +697,9 @@ class Run:
 # Rollouts and the flat row
 # =============================================================================
 # Every forward pass of this project, in sampling and in training, sees one row of tokens, (1, n), from many
-# sequences and without padding. All layers of a transformer but attention work token by token, so attention alone
-# has to know which token belongs to which sequence. It is registered with transformers under a name of its own and
-# takes that from the `layout` that the caller hands through the model.
+# sequences and without padding. All layers of a transformer except attention work token by token, so only attention
+# has to know which token belongs to which sequence. This project's attention is registered with transformers as
+# "flat_row" and reads this from the `layout` that callers pass through the model.
 
 
 @dataclass
@@ -724,7 +724,7 @@ class Rollout:
     truncated: Tensor  # (B,) True where no end token was sampled
     sampler_logprobs: Tensor  # (B, C) of the sampled tokens, as the sampler saw them
     sampler_entropy: Tensor  # (B, C) of the distributions they were drawn from; NaN where the sampler is not exact
-    temperature: float | None = None  # at which a `Sampler` has sampled them
+    temperature: float | None = None  # at which a `Sampler` drew the tokens; None: from `rollout_of`
     scores: Tensor | None = None  # (B,)
     advantages: Tensor | None = None  # (B, 1) in GRPO, (B, C) in PPO
     old_logprobs: Tensor | None = None  # (B, C)
@@ -738,8 +738,8 @@ class Rollout:
     def select(self, rows: Tensor) -> "Rollout":
         """The sequences `rows` (CPU indices), with columns trimmed to the longest completion among them.
 
-        What a script adds, as in `rollout.weights = ...`, goes along: tensors (B,), (B, 1) or (B, C), lists of B things,
-        single numbers and texts. UserError for anything else.
+        Fields that a script adds, as in `rollout.weights = ...`, are selected, too: tensors (B,), (B, 1) or (B, C) and lists
+        of length B; numbers and texts are kept. UserError for anything else.
         """
         B, C = self.completion_ids.shape
         columns = max(int(self.lengths[rows].max()), 1)
@@ -758,7 +758,7 @@ class Rollout:
         return picked
 
     def join(self, other: "Rollout") -> "Rollout":
-        """These sequences and those of `other` after them; no prompt of one counts as the same as one of the other."""
+        """These sequences, followed by those of `other`. A prompt that occurs in both counts as two."""
         joined = copy.copy(self)
         for name in vars(self) | vars(other):
             mine, new = getattr(self, name, None), getattr(other, name, None)
@@ -786,13 +786,13 @@ class Rollout:
         vars(self).update(vars(self.join(other).select(places)))
 
     def leave_out(self, rows: Tensor):
-        """Empty the masks of `rows` (B,), boolean: no token of theirs counts in a loss or mean. Their scores do, in groups and
-        reward/mean, unless they are NaN."""
+        """Empty the masks of `rows`, a boolean (B,), so that none of their tokens counts in a loss or mean. Their scores still
+        count in groups and reward/mean, unless they are NaN."""
         self.lengths = self.lengths.masked_fill(rows.cpu(), 0)
         self.completion_mask = self.completion_mask & ~to_device(rows, self.completion_mask.device)[:, None]
 
     def slots(self) -> Tensor:
-        """Cells of the (B, C) tensors that hold the valid tokens, as indices into them flattened."""
+        """Indices of the valid tokens in a flattened (B, C) tensor, sequence by sequence."""
         row, column = grid(self.lengths)
         return to_device(row * self.completion_ids.shape[1] + column, self.completion_ids.device)
 
@@ -810,7 +810,7 @@ def to_device(x, device):
 
 def flat_row_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, layout=None, **kwargs):
     """Attention for transformers: query (1, H, n, D), key and value (1, H_kv, n, D) -> (1, n, H, D)."""
-    window_of_module = getattr(module, "sliding_window", None)  # some families leave it to the mask, which is not used here
+    window_of_module = getattr(module, "sliding_window", None)  # some families put it only into the mask, which is ignored here
     has_more = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     if layout is None or has_more or (window_of_module and sliding_window is None):
         raise UserError(f"the attention of {type(module).__name__} is of a kind that this project does not run")
@@ -824,7 +824,7 @@ AttentionInterface.register("flat_row", flat_row_attention)
 
 
 def is_short(query, key):
-    """Whether setting up the fused kernel, which a CPU does for each head, takes longer than two plain products: up to 3x."""
+    """Whether two plain products are faster, up to 3x, than the fused kernel, which on a CPU is set up for each head."""
     return query.device.type == "cpu" and (query.shape[2] == 1 or key.shape[2] <= 128)
 
 
@@ -848,7 +848,7 @@ def dot_product_attention(query, key, value, scaling, mask=None):
 
 
 def has_flash_attention(query, value) -> bool:
-    """Whether PyTorch's FlashAttention 2 takes tensors like these: of half the precision, on NVIDIA's GPUs from Ampere on."""
+    """Whether PyTorch's FlashAttention 2 takes tensors like these: bfloat16 or float16, on NVIDIA GPUs from Ampere on."""
     dim = query.shape[-1]
     if query.dtype == torch.float32 or dim != value.shape[-1] or dim > 192 or dim % 8:  # wider heads train on some cards only
         return False
@@ -858,8 +858,8 @@ def has_flash_attention(query, value) -> bool:
 def flash_attention(query, key, value, scaling, window, query_ends, key_ends, longest_query, longest_key):
     """Causal attention of sequences that lie one after the other: query (q, H, D), key and value (k, H_kv, D) -> (q, H, D).
 
-    Sequence i has queries query_ends[i] to query_ends[i + 1], which are the last of its tokens, and keys key_ends[i] to
-    key_ends[i + 1]. What torch.nn.attention.varlen calls too, whose own signature differs between versions of PyTorch.
+    Sequence i has queries query_ends[i] to query_ends[i + 1], the last of its tokens, and keys key_ends[i] to
+    key_ends[i + 1]. torch.nn.attention.varlen calls this operator, too, but its signature differs between versions of PyTorch.
     """
     ends, longest, back = (query_ends, key_ends), (longest_query, longest_key), -1 if window is None else window - 1
     options = {"scale": scaling, "window_size_left": back, "window_size_right": 0}
@@ -874,20 +874,20 @@ def flat_forward(model, tokens, positions, layout, embedded=None):
 
 
 class PackedLayout:
-    """Prompts, then completions, in one flat row; a prompt that several completions share stands there once.
+    """Layout of one flat row: all prompts, then all completions. A prompt that several completions share is there once.
 
-    Its forward pass runs once and its completions attend to its keys and values, which is exact: causal attention
-    never lets a prompt see what follows it. `predictors` are the rows of the hidden states that predict the completion
-    tokens, sequence by sequence. With a `cache` the prompts' keys and values are stored there.
+    A shared prompt is computed once, and its completions attend to its keys and values. This is exact: causal attention
+    never lets a prompt see what follows it. `predictors` are the indices of the hidden states that predict the completion
+    tokens, sequence by sequence. If a `cache` is given, the prompts' keys and values are stored in it.
 
-    FlashAttention takes the row as it is. Elsewhere attention pads: the completions stand in the row by length, the longest
+    FlashAttention takes the row as it is. Without it attention pads: the row holds the completions by length, longest
     first, and those of similar length attend together, so that a few long ones do not make tables of mostly padding.
 
-    prompt_lengths (n,) of the distinct prompts; group (b,): which of them a completion continues; lengths (b,) of the
-    completions; all on the CPU. The last token of a completion is no input, since nothing is predicted from it.
+    Arguments, all on the CPU: prompt_lengths (n,) of the distinct prompts; group (b,), the prompt that each completion
+    continues; lengths (b,) of the completions. A completion's last token is no input, since nothing is predicted from it.
     """
 
-    SPLIT_FROM = 2**16  # scores a head; fewer are not worth a part of their own
+    SPLIT_FROM = 2**16  # attention scores a head; smaller tables are not split
 
     def __init__(self, prompt_lengths, group, lengths, device, cache=None):
         self.n, self.P, self.cache, self.masks = len(prompt_lengths), int(prompt_lengths.max()), cache, {}
@@ -900,7 +900,7 @@ class PackedLayout:
         # The one place that shifts by a token: completion token 0 is predicted by its prompt's last token, token t by
         # completion token t - 1.
         prompt_end = prompt_lengths.cumsum(0)[group] - 1
-        completion_start = torch.empty_like(order).index_copy_(0, order, self.prompt_tokens + inputs.cumsum(0) - inputs)
+        completion_start = (self.prompt_tokens + inputs.cumsum(0) - inputs)[order.argsort()]
         row, column = grid(lengths)
         predictors = torch.where(column == 0, prompt_end[row], completion_start[row] + column - 1)
 
@@ -910,7 +910,7 @@ class PackedLayout:
 
     @functools.cached_property
     def parts(self) -> list["Part"]:
-        """The completions, by length, in tables of their own."""
+        """The completions in groups of similar length, each padded to a table of its own."""
         inputs, device, parts, first, token = self.inputs, self.device, [], 0, self.prompt_tokens
         while first < len(inputs) and inputs[first] > 0:
             C, end = int(inputs[first]), len(inputs)
@@ -928,11 +928,11 @@ class PackedLayout:
 
     @functools.cached_property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """For `flash_attention`: which of the row's tokens are the keys of each sequence, where the queries and where the keys of
-        each end, and how many a sequence has at most."""
+        """For `flash_attention`: indices of the key tokens in the row, sequence by sequence; where the queries of each end and
+        where the keys; the most queries and the most keys of a sequence."""
         inputs = self.inputs[self.inputs > 0]
         group = self.group[: len(inputs)]
-        before = torch.cat([torch.zeros_like(self.prompt_lengths), self.prompt_lengths[group]])  # a completion's prompt
+        before = torch.cat([torch.zeros_like(self.prompt_lengths), self.prompt_lengths[group]])  # keys from the prompt
         own = torch.cat([self.prompt_lengths, inputs])
         starts = own.cumsum(0) - own
         starts_before = torch.cat([starts[: self.n], starts[group]])
@@ -959,13 +959,13 @@ class PackedLayout:
         return torch.cat(out)
 
     def prompts(self, x):
-        """Those of the tokens x (n, heads, D) that are prompts', as a table."""
+        """The prompt tokens of x (n, heads, D) as a padded table (prompts, heads, P, D)."""
         return pad(x[: self.prompt_tokens], self.prompt_slots, self.n, self.P)
 
     def mask(self, window, dtype):
-        """Additive masks: (1, 1, P, P), None if plainly causal, and (b, 1, C, P + C) of each part.
+        """Additive masks: of the prompts, (1, 1, P, P), or None if plainly causal; and of each part, (b, 1, C, P + C).
 
-        window: how many tokens back each one sees; None: all.
+        window: how many tokens each one sees, itself included; None: all before it.
         """
         if (window, dtype) not in self.masks:
             p, prompt_mask = torch.arange(self.P, device=self.positions.device), None
@@ -987,7 +987,7 @@ class Part:
     slots: Tensor  # cells of a (b, C) table that the tokens fill
 
     def allowed(self, p: Tensor, window: int | None) -> Tensor:
-        """What each token may attend to, the prompt's tokens p (P,) and then its own sequence's: (b, C, P + C)."""
+        """What each token may attend to: first the prompt's positions p (P,), then its own completion's: (b, C, P + C)."""
         c, start = torch.arange(self.C, device=p.device), self.starts[:, None, None]
         b = len(self.starts)
         allowed = torch.cat([(p < start).expand(-1, self.C, -1), (c <= c[:, None]).expand(b, -1, -1)], dim=2)
@@ -1020,7 +1020,7 @@ def unpad(x, slots):
 
 
 def flat_row(batch: Rollout) -> tuple[Tensor, PackedLayout]:
-    """All tokens of `batch` that predict others, in one row, and where they stand."""
+    """All input tokens of `batch` as one flat row (n,), and the layout of that row."""
     device = batch.completion_ids.device
     first, group = distinct(batch.prompt_index)
     layout = PackedLayout(batch.prompt_lengths[first], group, batch.lengths, device)
@@ -1034,14 +1034,14 @@ def flat_row(batch: Rollout) -> tuple[Tensor, PackedLayout]:
 
 
 def distinct(index):
-    """First position of each distinct number of `index`, and for every position which of those numbers it holds."""
+    """First position of each distinct number in `index`, and for each position which of these (sorted) numbers it holds."""
     numbers, group = torch.unique(index, return_inverse=True)
     first = torch.full((len(numbers),), len(index)).scatter_reduce(0, group, torch.arange(len(index)), "amin")
     return first, group
 
 
 def with_whole_parameters(function):
-    """For functions of a model that may be sharded: FSDP gathers parameters around `forward` and what `shard` registers."""
+    """Decorator for functions of a model that `shard` may have split: FSDP gathers its parameters around the call."""
 
     @functools.wraps(function)
     def call(model, *args, **kwargs):
@@ -1055,17 +1055,18 @@ def with_whole_parameters(function):
 def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=False, from_sampler=False):
     """Log-probabilities of the completion tokens at `temperature`: (B, C) float32, 0 outside the mask, differentiable.
 
-    With `with_entropy` also the entropy of the distributions they were drawn from, (B, C), differentiable, too. The
-    vocabulary head runs on the valid completion tokens only, some at a time, so that no (B, T, V) tensor exists.
+    With `with_entropy` also the entropies of the distributions, (B, C), differentiable, too. The vocabulary head runs on
+    the valid completion tokens only, for a range of the vocabulary at a time, so that no (B, T, V) tensor exists.
 
-    from_sampler: `model` is still what sampled `batch`, in float32; then the numbers are those that the sampler saw,
-    and only their gradient is computed. Saves one of the four products with the vocabulary's weight. Of given tokens
-    (`rollout_of`), which no sampler saw, it computes both.
+    from_sampler: pass True only if `model` has not changed since it sampled `batch` in float32. The values are then the
+    sampler's, and only their gradient is computed, which saves one of the four products with the vocabulary's weight.
+    Tokens given to `rollout_of` have no such values: both are computed.
     """
     embedding, head, slots = model.get_input_embeddings(), model.get_output_embeddings(), batch.slots()
-    (tokens, layout), weight, embedded = flat_row(batch), head.weight, None
+    tokens, layout = flat_row(batch)
+    weight, embedded = head.weight, None
     if torch.is_grad_enabled():
-        weight.packed = None  # its gradient wants the memory
+        weight.packed = None  # the gradient needs the memory
     if weight is embedding.weight and type(embedding) is nn.Embedding and not embedding._forward_hooks:
         weight, embedded = TiedWeight.apply(weight, tokens[None])
     states = flat_forward(model, tokens, layout.positions, layout, embedded).index_select(0, layout.predictors)
@@ -1089,7 +1090,7 @@ def completion_values(critic, batch: Rollout):
 
 
 def from_slots(x, slots, shape):
-    """Numbers of the valid tokens, one after the other, to a (B, C) table with zeros elsewhere."""
+    """Put the numbers of the valid tokens, (n,), into a (B, C) table with zeros elsewhere."""
     return x.new_zeros(shape).put(slots, x)
 
 
@@ -1099,7 +1100,7 @@ def logit_scale(model):
 
 
 def add_product(out, a, b, keep=1):
-    """out = keep * out + a @ b in float32: rounding logits to bfloat16 would put some 0.03 of noise on every log-probability."""
+    """out = keep * out + a @ b in float32: rounding logits to bfloat16 would add noise of some 0.03 to every log-prob."""
     with torch.autocast(a.device.type, enabled=False):
         if a.is_cuda and a.dtype != torch.float32:
             product = torch.mm(a, b, out_dtype=torch.float32, out=None if keep else out)
@@ -1116,10 +1117,10 @@ def head_logits(states, weight, bias, scale, out):
 
 
 class TiedWeight(torch.autograd.Function):
-    """The weight (V, hidden) that head and embedding share, for the head, and the rows of tokens (1, n) in it, (1, n, hidden).
+    """A weight (V, hidden) that head and embedding share: returns it for the head, and tokens (1, n) embedded, (1, n, hidden).
 
-    The gradient of a lookup is a second (V, hidden) table, nearly all zeros. Here its rows are added to the head's; that of
-    the pad, too, which nn.Embedding leaves out (padding_idx): a flat row has no padding, so there it is a token like any other.
+    A lookup by itself has a second (V, hidden) gradient, nearly all zeros. Here its rows are added to the head's gradient, the
+    pad's row included, which nn.Embedding leaves out (padding_idx): in a flat row a pad is a token like any other.
     """
 
     @staticmethod
@@ -1136,9 +1137,9 @@ class TiedWeight(torch.autograd.Function):
 class HeadLogprobs(torch.autograd.Function):
     """log softmax(scale (h W^T + bias))[target] and its entropy for hidden states h (n, hidden), block by block.
 
-    A block is all rows by a range of the vocabulary. On a CPU it stays in the cache while its softmax, then its gradient
-    are made of its logits; each weight is read once, its gradient written once, in memory that all blocks share. The
-    backward pass makes the softmax of a block again. Log-probs that are `known` leave nothing but that to do.
+    A block is all rows by a range of the vocabulary; all blocks use the same memory for their logits. On a CPU a block stays
+    in the cache while its softmax or gradient is computed, so that each weight is read, and its gradient written, only once.
+    The backward pass recomputes each block's softmax. With log-probs that are `known` the forward pass has no blocks to do.
     """
 
     BLOCK = 2**20  # numbers in a block on a CPU (4 MiB); a GPU's products want to be large: 1/80 of its memory
@@ -1153,7 +1154,7 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def logits(block, memory, states, weight, bias, scale):
-        """Of the rows `states` within a block: (n, columns)."""
+        """Logits of `states` (n, hidden) for the tokens of a block: (n, columns)."""
         shape = len(states), block.stop - block.start
         out = memory[: shape[0] * shape[1]].view(shape)
         return head_logits(states, weight[block], None if bias is None else bias[block], scale, out)
@@ -1187,7 +1188,7 @@ class HeadLogprobs(torch.autograd.Function):
             totals.append(log_total), means.append(mean)
         totals = torch.cat(totals, dim=1)  # (n, blocks)
         log_z = totals.logsumexp(dim=1, keepdim=True)
-        shares = (totals - log_z).exp()  # of the blocks in the distribution
+        shares = (totals - log_z).exp()  # the probability of each block
         entropy = log_z[:, 0] - (shares * torch.cat(means, dim=1)).sum(dim=1) if with_entropy else log_z[:, 0]
         return (chosen - log_z)[:, 0], entropy, log_z
 
@@ -1254,16 +1255,16 @@ class HeadLogprobs(torch.autograd.Function):
 
 
 class DecodeLayout:
-    """Attention of one new token a row to keys and values in a cache that is written in place and read through views.
+    """KV cache and attention for decoding, one new token a row. The cache is written in place and read through views.
 
     Column j of the cache is prompt token j for j < P, then completion token j - P; columns that a shorter prompt leaves
-    empty stay masked. All tensors are static, so that a decoding step can be captured in a CUDA graph; then a step works on
-    `block` columns more at a time.
+    empty stay masked. All tensors are static, so that a decoding step can be captured in a CUDA graph. The number of columns
+    that a step reads grows by `block` at a time, so that there are few graphs.
     """
 
     def __init__(self, capacity, C, device, dtype, block):
         self.capacity, self.block, self.device = capacity, block, device
-        rows, _, P = capacity  # rows, prompts and tokens of a prompt, at most
+        rows, _, P = capacity  # the most rows, prompts, and tokens of a prompt
         self.columns = -(-(P + C) // block) * block
         self.keys, self.values = {}, {}
         self.mask = torch.zeros(rows, 1, 1, self.columns, dtype=dtype, device=device)  # additive
@@ -1273,7 +1274,7 @@ class DecodeLayout:
         self.live = self.used = 0  # rows and columns that a step works on
 
     def start(self, prompt_lengths, group_size, rows, P):
-        """Empty the cache for prompts of these lengths (N,), each for `group_size` rows; rows left over continue the first."""
+        """Reset the cache for prompts of these lengths (N,), each for `group_size` rows; surplus rows continue the first."""
         group = torch.arange(len(prompt_lengths)).repeat_interleave(group_size)
         self.P, self.live, self.used, self.masks = P, rows, P, {}
         self.group = to_device(F.pad(group, (0, rows - len(group))), self.device)
@@ -1284,7 +1285,7 @@ class DecodeLayout:
         self.column.fill_(P)
 
     def use(self, tokens):
-        """What a step works on when `tokens` completion tokens are there; returns all that its shapes depend on."""
+        """Set what a step works on once `tokens` completion tokens are there; returns all that its shapes depend on."""
         self.used = min(-(-(self.P + tokens) // self.block) * self.block, self.columns)
         return self.live, self.used
 
@@ -1321,7 +1322,7 @@ class DecodeLayout:
         self.masks = {}
 
     def shrink(self, live, source, target):
-        """Go on with the first `live` rows, after rows `source` were copied over rows `target`."""
+        """Copy rows `source` over rows `target`, then go on with the first `live` rows only."""
         for tensor in (self.mask, self.key_positions, self.positions):
             tensor[target] = tensor[source]
         for tensor in (*self.keys.values(), *self.values.values()):
@@ -1330,11 +1331,11 @@ class DecodeLayout:
 
 
 class SharedPromptLayout:
-    """What `DecodeLayout` does, in two Triton kernels a layer (`attend_to_prompts`, `attend_to_completions`).
+    """The same as `DecodeLayout`, by two Triton kernels a layer (`attend_to_prompts`, `attend_to_completions`).
 
     A prompt's keys and values are stored once, and read once a step, for all rows that continue it; columns without a token
-    are not read. A decoding step's attention is all reading: PyTorch's own kernel with a mask took 94 us a layer on an H200
-    (256 rows, 1024 tokens, the shape of Qwen2.5-0.5B) where the memory allows 32 for each row by itself.
+    are not read. Memory reads bound a decoding step's attention: on an H200 (256 rows, 1024 tokens, the shape of Qwen2.5-0.5B)
+    PyTorch's kernel with a mask took 94 us a layer, where reading each row's keys and values separately needs 32.
     """
 
     def __init__(self, capacity, C, device):
@@ -1342,13 +1343,13 @@ class SharedPromptLayout:
         rows, prompts, _ = capacity
         self.prompt_keys, self.prompt_values, self.keys, self.values, self.partial = {}, {}, {}, {}, {}
         self.prompt_lengths, self.members = (torch.zeros(n, dtype=torch.int32, device=device) for n in (prompts, 2 * rows))
-        self.place = torch.zeros(rows, dtype=torch.long, device=device)  # of a row among the members of the prompts
+        self.place = torch.zeros(rows, dtype=torch.long, device=device)  # of each row in `members`
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)  # of the new tokens
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the cache of completions, for the new tokens
         self.live = self.used = 0  # rows that a step works on, and columns that hold completion tokens
 
     def start(self, prompt_lengths, group_size, rows, P):
-        """Empty the cache for prompts of these lengths (N,), each for `group_size` rows; rows left over continue empty ones."""
+        """Reset the cache for prompts of these lengths (N,), each for `group_size` rows; surplus rows have empty prompts."""
         self.n, self.group_size, self.live, self.used = -(-rows // group_size), group_size, rows, 0
         self.place[:rows] = torch.arange(rows, device=self.device)
         self.regroup()
@@ -1358,7 +1359,7 @@ class SharedPromptLayout:
         self.column.zero_()
 
     def use(self, tokens):
-        """What a step works on when `tokens` completion tokens are there; returns all that its shapes depend on."""
+        """Set what a step works on once `tokens` completion tokens are there; returns all that its shapes depend on."""
         self.used = tokens
         return self.live, self.n, self.group_size
 
@@ -1380,7 +1381,7 @@ class SharedPromptLayout:
         of_group = self.group_size * repeats
         tile = min(max(triton.next_power_of_2(of_group), 16), max(4096 // max(width, value_width), 16))
         block = min(max(8192 // (max(width, value_width) * key.element_size()), 16), 64)
-        # A program reads block after block, and waits for each, so a long prompt is for several: a GPU runs some 256 at once.
+        # A program waits for each block that it reads, so a long prompt is split between several: a GPU runs some 256 at once.
         rows, tiles = self.capacity[0], triton.cdiv(of_group, tile)
         splits = max(min(256 // (self.n * kv_heads * tiles), self.capacity[2] // (2 * block), 8), 1)
         if (heads, value_dim, splits) not in self.partial:
@@ -1388,7 +1389,7 @@ class SharedPromptLayout:
             self.partial[heads, value_dim, splits] = [torch.zeros(shape, device=self.device) for shape in shapes]
         partial, out = self.partial[heads, value_dim, splits], query.new_empty(live, heads, value_dim)
         shape = dict(REPEATS=repeats, DIM=dim, VALUE_DIM=value_dim, WIDTH=width, VALUE_WIDTH=value_width, BLOCK=block)
-        # Blocks read ahead: fewer where a row is long, since four would not fit into the shared memory of a consumer's card.
+        # num_stages: blocks read ahead; fewer if heads are wide, since four would not fit into a consumer GPU's shared memory.
         shape |= dict(SPLITS=splits, num_stages=4 if max(width, value_width) * key.element_size() <= 512 else 2)
         window = 2**30 if window is None else window
         attend_to_prompts[self.n, kv_heads, tiles * splits](
@@ -1408,7 +1409,7 @@ class SharedPromptLayout:
         self.positions[: self.live] += 1
 
     def shrink(self, live, source, target):
-        """Go on with the first `live` rows, after rows `source` were copied over rows `target`."""
+        """Copy rows `source` over rows `target`, then go on with the first `live` rows only."""
         for tensor in (self.place, self.positions):
             tensor[target] = tensor[source]
         for tensor in (*self.keys.values(), *self.values.values()):
@@ -1417,18 +1418,18 @@ class SharedPromptLayout:
         self.regroup()
 
     def regroup(self):
-        """Note for each prompt which rows continue it: -1 for those that have left."""
+        """Set `members`: for each prompt the rows that continue it, with -1 in place of those that have left."""
         self.members.fill_(-1)
         self.members[self.place[: self.live]] = torch.arange(self.live, dtype=torch.int32, device=self.device)
 
 
 class PlainForward:
-    """`flat_forward` of Llama, Qwen2 and Qwen3 without gradients, in a third of the operations, which bound a decoding step.
+    """`flat_forward` of Llama, Qwen2 and Qwen3 without gradients. A third as many operations: their number bounds decoding.
 
-    Queries, keys and values come out of one matrix product, gate and up of the MLP out of another; norms and rotary
-    positions are fused, and with --compile all that stands between the products. The weights are the model's own. What
-    is no such model, or was changed (an adapter, a hook, a subclass, another `forward`), samples through `flat_forward`; `check_model`
-    compares either with transformers.
+    One matrix product gives queries, keys and values, another the MLP's gate and up; norms and rotary positions are fused,
+    and with --compile everything between the products. The weights are the model's own. Other models, and changed ones (an
+    adapter, a hook, a subclass, another `forward`), sample through `flat_forward`. `check_model` compares whichever is used
+    with transformers.
     """
 
     MODULES = ("torch.nn.", "transformers.activations", *(f"transformers.models.{x}." for x in ("llama", "qwen2", "qwen3")))
@@ -1485,8 +1486,8 @@ class PlainForward:
 
     @staticmethod
     def after_attention(this, x, out, following, cos, sin):
-        """What x (n, hidden) becomes by attention's output (n, H, D) and then by the MLP, and what `before_attention` of the
-        layer that follows, if one does, makes of that."""
+        """Add attention's output (n, H, D), projected, and then the MLP's to x (n, hidden); returns x and what the following
+        layer's `before_attention` makes of it (None after the last layer)."""
         layer, _, (weight, bias) = this
         x = x + layer.self_attn.o_proj(out.flatten(1))
         gate, up = F.linear(rms_norm(x, layer.post_attention_layernorm), weight, bias).chunk(2, dim=-1)
@@ -1499,7 +1500,7 @@ def rms_norm(x, norm):
 
 
 def side_by_side(linears, name):
-    """Their weights (or biases) as one tensor. They become views of it, one after the other, so nothing is stored twice."""
+    """The weights (or biases) of `linears` as one tensor. They become consecutive views of it, so nothing is stored twice."""
     parameters = [getattr(linear, name) for linear in linears]
     if parameters[0] is None:
         return None
@@ -1517,10 +1518,10 @@ PACK_FROM = 2**24  # numbers; smaller weights stay in the cache
 
 
 def packed(weight, rows):
-    """A large float32 weight in oneDNN's own order, with which products of few rows take half the time on a CPU; else None.
+    """A large float32 weight in oneDNN's packed order, which halves the time of products of few rows on a CPU; else None.
 
-    Made anew for each rollout and kept beside the weight until its gradient wants the memory, which then is at hand: the
-    host of a virtual machine takes freed memory back after some seconds, and touching it anew took 6 % of a step.
+    Packed again for each rollout, and kept until the weight's gradient reuses its memory. Freed earlier, the memory goes back
+    to the host of a virtual machine after some seconds, and touching it again took 6 % of a step.
     """
     is_large = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= PACK_FROM
     if not is_large or not torch.backends.mkldnn.is_available():
@@ -1529,10 +1530,10 @@ def packed(weight, rows):
 
 
 def draw(logits, uniform):
-    """Tokens (n,) from softmax(logits (n, V)) by inverting its cumulative distribution at uniform (n,) in [0, 1).
+    """Tokens (n,) from softmax(logits (n, V)), by inverting the CDF at uniform (n,) in [0, 1), and their log-probs (n,).
 
-    One random number a row instead of V; the same distribution. Also the tokens' log-probabilities (n,). First among
-    blocks of tokens, then within one: a running sum over the whole vocabulary is slow on a GPU, and rounds.
+    Takes one random number a row instead of V. A block of tokens is drawn first, then a token within it: a running sum
+    over the whole vocabulary is slow on a GPU and loses precision.
     """
     blocks = vocabulary_blocks(logits)
     among = log_sum_exp(blocks).log_softmax(dim=-1)
@@ -1543,9 +1544,9 @@ def draw(logits, uniform):
 
 
 def draw_with_entropy(logits, uniform):
-    """What `draw` gives, and the entropies log Z - sum of p z, all (n,).
+    """Tokens and log-probs as from `draw`, and entropies log Z - sum of p z: all (n,).
 
-    On a CPU a few rows at a time, which stay in the cache, and no second (n, V) table stands beside the logits.
+    A CPU takes a few rows at a time: these stay in its cache, and there is no second (n, V) table beside the logits.
     """
     size, parts = len(logits) if logits.is_cuda else max(HeadLogprobs.BLOCK // logits.shape[1], 1), []
     for z, u in zip(logits.split(size), uniform.split(size)):
@@ -1575,12 +1576,12 @@ def vocabulary_blocks(table):
 
 
 def of_block(blocks, block):
-    """What one block (n, 1) of each row holds: (n, tokens of a block)."""
+    """The entries of one block a row, with index `block` (n, 1): (n, tokens of a block)."""
     return blocks.gather(1, block[:, :, None].expand(-1, 1, blocks.shape[2]))[:, 0]
 
 
 def invert(weights, share):
-    """Which of the weights (n, k) a share (n, 1) in [0, 1) of their sum falls into, and at which share of that one."""
+    """Inverse CDF of weights (n, k) at share (n, 1) in [0, 1): the index, and the share within that weight, both (n, 1)."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
     point = share * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, point, right=True).clamp_(max=weights.shape[1] - 1)
@@ -1593,10 +1594,10 @@ class Sampler:
     """Samples completions from a model, without `generate` and so without its inherited defaults.
 
     Each prompt is prefilled once, and the rows of its group attend to its keys and values: to copies (`DecodeLayout`), or
-    all to the same (`SharedPromptLayout`). Rows that have finished leave the batch and the last live ones move into their
-    places: on a CPU at once; on a GPU by halves, where a step is a CUDA graph of static shape. A token is found by inverting
-    the cumulative distribution at a number drawn beforehand for its sequence and position, so what is sampled does not
-    depend on the batch it is sampled in. Nothing but `temperature` shapes the distribution.
+    all to the same (`SharedPromptLayout`). Finished rows leave the batch, and the last live rows move into their places: at
+    once on a CPU; on a GPU, where a step is a CUDA graph of static shape, when half of the rows can leave. A token is found
+    by inverting the CDF at a number drawn beforehand for its sequence and position, so it does not depend on the batch that
+    it is sampled in. Nothing but `temperature` changes the distribution.
     """
 
     def __init__(self, policy, end_ids, temperature, max_new_tokens, compute_dtype=torch.float32, own_copy=False):
@@ -1610,8 +1611,8 @@ class Sampler:
         self.is_cuda = self.device.type == "cuda"
 
     def refresh(self, policy):
-        """Sample from this policy from here on: from a copy of its weights, where sampling needs them in another precision
-        or not sharded, else from itself."""
+        """Sample from this policy from now on: from a copy if sampling needs the weights in another precision or unsharded,
+        else from `policy` itself."""
         if self.has_copy:
             copy_weights(policy, self.model)
         else:
@@ -1626,12 +1627,11 @@ class Sampler:
         prompt_lengths = torch.tensor([len(ids) for ids in prompts])
         B, P, greedy = len(prompts) * group_size, int(prompt_lengths.max()), uniforms is None
         group = torch.arange(len(prompts)).repeat_interleave(group_size)
-        # Four numbers of rows an octave, so that few shapes occur; the rows that nobody asked for have finished.
+        # Rows are rounded up to one of 4 numbers per power of 2, so that few shapes occur; surplus rows start as finished.
         step = 2 ** max(B.bit_length() - 3, 0) if self.is_cuda else 1
         rows = -(-B // step) * step
         self.allocate(rows, -(-rows // group_size), P, uniforms)
         self.finished[B:rows] = True
-        is_low = self.compute_dtype != torch.float32
         was_training = self.model.training
         weight = self.model.get_output_embeddings().weight
         weight.packed = packed(weight, B)
@@ -1639,7 +1639,8 @@ class Sampler:
         self.forward = PlainForward(self.model) if is_plain else functools.partial(flat_forward, self.model)
         self.draw = fused(draw) if is_compiled(self.model) else draw
         self.model.eval()  # in training gradient checkpointing reads the random state, which a graph cannot capture
-        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=is_low, cache_enabled=False):
+        # cache_enabled=False: PyTorch asks for it where a graph captures; the copy's weights are in bfloat16 already.
+        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=not self.is_exact, cache_enabled=False):
             self.cache.start(to_device(prompt_lengths, self.device), group_size, rows, P)
             self.prefill(prompts, prompt_lengths, greedy)
             for t in inner_progress(range(1, self.C), "sampling"):
@@ -1653,7 +1654,7 @@ class Sampler:
         return self.rollout(prompts, prompt_lengths, group)
 
     def allocate(self, B, prompts, P, uniforms):
-        """The static tensors that a step reads and writes; on a GPU those of the last call, where large enough."""
+        """Make the static tensors that a step reads and writes; a GPU reuses those of the last call if large enough."""
         block = 128 if self.is_cuda else 1
         needed = (B, prompts, -(-(P + self.C) // block) * block - self.C)
         if self.cache is None or any(there < need for there, need in zip(self.cache.capacity, needed)):
@@ -1723,7 +1724,7 @@ class Sampler:
         """One step as a CUDA graph, captured the first time that its shape is seen."""
         key = (*shape, greedy, self.temperature, self.model)
         if key not in self.graphs:
-            # What a step changes, besides the cache cells of its own column, which it writes again.
+            # What a step changes, to be restored after the warm-up. Cache cells are not: the replay writes them again.
             ours = [self.tokens, self.finished, self.cell, self.ids, self.logprobs, self.entropy]
             changed = [*ours, self.cache.positions, self.cache.column]
             saved = [x.clone() for x in changed]
@@ -1792,7 +1793,7 @@ def padded(rows: list[list[int]], side: str, value: int = 0) -> Tensor:
 def rollout_of(
     prompts: list[list[int]], completions: list[list[int]], device, prompt_index: list[int] | None = None
 ) -> Rollout:
-    """A Rollout of given token ids: one prompt and one completion a sequence, which has to hold the end token itself.
+    """A Rollout of given token ids: one prompt and one completion for each sequence; completions include their end token.
 
     No sampler has seen them: `sampler_logprobs` and `sampler_entropy` are NaN.
     """
@@ -1824,8 +1825,8 @@ def is_recent_nvidia(device) -> bool:
 
 @functools.cache
 def can_run_kernels(device) -> bool:
-    """Whether Triton can build kernels there, for which it needs a C compiler and Python's headers: found out by building one.
-    Without them plain PyTorch does the same."""
+    """Whether Triton can build kernels for this device, tested by building one: it needs a C compiler and Python's headers.
+    If it cannot, plain PyTorch does the same."""
     if triton is None or not is_recent_nvidia(device):
         return False
     try:
@@ -1837,7 +1838,7 @@ def can_run_kernels(device) -> bool:
 
 
 def sums_of_logits(logits):
-    """For logits (n, columns): the logs of the sums of their exponentials and their means under the softmax, both (n, 1)."""
+    """The log-sum-exp of each row of logits (n, columns), and the mean logit under its softmax: both (n, 1)."""
     (n, columns), block = logits.shape, min(max(triton.next_power_of_2(logits.shape[1]), 16), 4096)
     log_totals, means, rows = logits.new_empty(n, 1), logits.new_empty(n, 1), 4096 // block  # of a program
     log_sums[(triton.cdiv(n, rows),)](logits, log_totals, means, n, columns, ROWS=rows, BLOCK=block, num_warps=8)
@@ -1845,8 +1846,8 @@ def sums_of_logits(logits):
 
 
 def gradient_of_logits(logits, log_z, g, h, entropy, target, dtype):
-    """g d log p[target] + h d entropy / d logits, (n, columns) in `dtype`. The others are (n, 1) or (n,); h may be None, and a
-    target -1 is in no column."""
+    """Gradient of g log p[target] + h entropy with respect to the logits (n, columns), in `dtype`. The other tensors are (n, 1)
+    or (n,); h may be None; a target of -1 is in no column."""
     out, (n, columns) = torch.empty_like(logits, dtype=dtype), logits.shape
     numbers = (x.contiguous() for x in (log_z, g, g if h is None else h, entropy, target))
     logit_gradients[n, triton.cdiv(columns, 4096)](logits, out, *numbers, columns, HAS_ENTROPY=h is not None, BLOCK=4096)
@@ -1854,15 +1855,15 @@ def gradient_of_logits(logits, log_z, g, h, entropy, target, dtype):
 
 
 if triton is not None:
-    # A softmax in parts: each part is the highest of its scores, the sum of the weights relative to that one, and the sum of
-    # the weighted values. Of a tile, n are its queries, d the numbers of a key, e those of a value, j the keys of a block.
+    # Softmax in parts (online softmax): a part holds its highest score, the sum of its weights exp(score - highest), and the
+    # weighted sum of its values. Indices: n queries of a tile, d elements of a key, e elements of a value, j keys of a block.
 
     @triton.jit
     def attend_block(
         q, keys, values, column, end, allowed, scaling, highest, total, weighted,
         DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """The part so far and the keys in these columns, of which those from `end` on are none."""
+        """Add the keys in these columns, as far as they are before `end`, to the part so far."""
         d, e, is_there = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH), column < end
         k = tl.load(keys + column[None, :] * DIM + d[:, None], mask=is_there[None, :] & (d < DIM)[:, None], other=0.0)
         v_at = values + column[:, None] * VALUE_DIM + e[None, :]
@@ -1881,7 +1882,7 @@ if triton is not None:
         GROUP: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, REPEATS: tl.constexpr, BLOCK: tl.constexpr,
         DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """A program for each part of a prompt and head of keys: its queries are all heads of all rows that continue the prompt."""
+        """A program for each part of a prompt, key head and tile of queries (those of all rows that continue the prompt)."""
         prompt, kv_head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * REPEATS
         tile, part = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
         n, d, e, j = tile * TILE + tl.arange(0, TILE), tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH), tl.arange(0, BLOCK)
@@ -1915,7 +1916,7 @@ if triton is not None:
         TILE: tl.constexpr, SPLITS: tl.constexpr, REPEATS: tl.constexpr, BLOCK: tl.constexpr,
         DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """A program for each row and head of keys: stores the new key and value, and puts together what the row attends to."""
+        """A program for each row and key head: stores the new key and value, and combines the parts that the row attends to."""
         row, kv_head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * REPEATS
         n, d, e, j = tl.arange(0, TILE), tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH), tl.arange(0, BLOCK)
         head, is_there, t = kv_head * REPEATS + n, n < REPEATS, tl.load(step).to(tl.int32)
@@ -1953,10 +1954,10 @@ if triton is not None:
 
     @triton.jit
     def log_sums(logits, log_totals, means, n, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """A program for some rows of logits: the log of the sum of their exponentials, and their mean under the softmax."""
+        """A program for some rows of logits: the log-sum-exp of each, and its mean under the softmax."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         highest, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
-        mean = tl.zeros([ROWS], tl.float32)  # of what the logits are above the highest, times the total
+        mean = tl.zeros([ROWS], tl.float32)  # the sum of weight * (logit - highest)
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             is_there = (row < n)[:, None] & (column < columns)[None, :]
@@ -1975,7 +1976,7 @@ if triton is not None:
         logits, out, log_z, of_logprob, of_entropy, entropy, target, columns,
         HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """A program for each row and range of logits: the gradient of the target's log-prob, and of the entropy, in them."""
+        """A program for each row and range of columns: gradient of g log p[target] + h entropy with respect to the logits."""
         row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         log_p = tl.load(logits + row * columns + column, mask=column < columns, other=float("-inf")) - tl.load(log_z + row)
         g = tl.load(of_logprob + row)
@@ -1992,7 +1993,7 @@ if triton is not None:
 
 
 def load_tokenizer_and_config(args):
-    """Those of --model, which is all that prompts need: what is wrong with them is found before the weights load."""
+    """Tokenizer and config of --model. Prompts need nothing else, so errors in prompts are found before the weights load."""
     if args.model == "tiny":
         tokenizer = tiny_tokenizer()
         return tokenizer, tiny_config(tokenizer)
@@ -2043,14 +2044,14 @@ def load_pretrained(auto_class, name, flag_name, args, **options):
         why = one_line(error)
         if "trust_remote_code" in str(error):
             why = "it comes with code of its own; --trust-remote-code lets that run on this machine"
-        if error.args == ("flat_row",):  # a key that the family's own table of attentions lacks
+        if error.args == ("flat_row",):  # KeyError: the family has its own table of attentions
             why = "its family keeps to attention of its own, which this project does not run"
         raise UserError(f"{flag_name} {name}: cannot be loaded: {why}") from error
 
 
 def load_tokenizer(name, flag_name, args):
     tokenizer = load_pretrained(AutoTokenizer, name, flag_name, args)
-    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):  # transformers makes one of nothing
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):  # what transformers makes of missing files
         raise UserError(f"{flag_name} {name}: its tokenizer knows no tokens; is its tokenizer.json there?")
     return tokenizer
 
@@ -2073,22 +2074,22 @@ def load_model(auto_class, name, flag_name, args, dtype=torch.float32, attention
     model.config_to_save = config
     model.get_input_embeddings().padding_idx = None  # the pad, where a flat row has one, is a token like any other and learns
     for module in model.modules():
-        # These choose frequencies by the sequence's length, which would wait for a GPU and break its graphs; no sequence is
-        # longer than `positions_of`.
+        # These choose rotary frequencies by the sequence's length, which would wait for a GPU and break CUDA graphs. They need
+        # not: no sequence is longer than `positions_of`.
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             module.rope_type = "default"
     return without_dropout(model)
 
 
 def find_hub(name, flag_name):
-    """Before `name` is loaded: if it is no path and the hub cannot be reached, only the hub's cache is looked into.
+    """Call before loading `name`: if it is no path and the hub cannot be reached, sets the hub's client to use its cache only.
 
-    Else its client tries ten times, which takes up to a minute, and prints every try. Raises UserError for a name that is
-    neither a path nor a hub id.
+    Otherwise the client would try ten times, which takes up to a minute, and print every try. Raises UserError for a name
+    that is neither a path nor a hub id.
     """
     if os.path.exists(name):
         return
-    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):  # ./name is of that form but for its first character
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):  # begins with \w, so that ./name is no id
         raise UserError(f"{flag_name} {name}: there is no such file or folder")
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return
@@ -2109,7 +2110,7 @@ def without_noise(config):
 
 
 def without_dropout(model):
-    """The ratio of two dropout masks would mean nothing. (Train mode stays on: gradient checkpointing needs it.)"""
+    """Turn dropout off: the ratio would compare two different masks. Train mode stays on, for gradient checkpointing."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -2117,10 +2118,10 @@ def without_dropout(model):
 
 
 def checkpoint_layers(model):
-    """Keep no activations inside the layers: the backward pass computes them again. Renamed in transformers 5.23."""
+    """Keep no activations inside the layers: the backward pass recomputes them. transformers 5.23 renamed the method."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    model.disable_input_require_grads()  # which only the other kind of checkpointing needs: a hook, so no `TiedWeight`
+    model.disable_input_require_grads()  # a hook for reentrant checkpointing; it would rule out `TiedWeight`
 
 
 class Critic(nn.Module):
@@ -2133,7 +2134,7 @@ class Critic(nn.Module):
 
 
 def load_critic(args, run, policy) -> Critic:
-    """A critic that starts from --critic-model (its head aside), or else from the policy's own weights."""
+    """A critic whose backbone starts from --critic-model, or else from the policy's weights; its head starts at 0."""
     if args.critic_model is None:
         backbone = copy.deepcopy(policy.base_model)
     else:
@@ -2152,16 +2153,16 @@ def load_critic(args, run, policy) -> Critic:
 def frozen_copy(model, compute_dtype=torch.float32):
     """A copy that is never trained.
 
-    For a lower `compute_dtype` its matrices and their biases are stored in it: half the memory, and nearly the same results
-    as from float32 weights under autocast, which casts all of these but the embeddings; norms and the residual stream stay
-    float32.
+    If `compute_dtype` is lower than float32, matrices and their biases are stored in it. This takes half the memory and gives
+    nearly the same results as float32 weights under autocast, which casts all of these except the embeddings. Norms and the
+    residual stream stay float32.
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     if compute_dtype != torch.float32:
         for module in frozen.modules():
             own = list(module.parameters(recurse=False))
             matrices = [parameter for parameter in own if parameter.dim() > 1]
-            # Biases go with their matrix, but for the head's, since logits are float32.
+            # Biases are cast with their matrix, except the head's, since logits are float32.
             for parameter in own if matrices and module is not frozen.get_output_embeddings() else matrices:
                 parameter.data = parameter.data.to(compute_dtype)
         frozen.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
@@ -2176,9 +2177,9 @@ def copy_weights(source, target):
 
 
 def check_model(run, model, sampler, tokenizer):
-    """Compare log-probs of sampler, trainer and transformers' own attention on random tokens, and say what was found.
+    """Compare log-probs of sampler, trainer and transformers' own attention on random tokens, and print the result.
 
-    Raises UserError for a model family that this project cannot run, or to which it gives other log-probs than transformers.
+    Raises UserError for a model family that this project cannot run, or whose log-probs differ here from transformers'.
     """
     name = f"--model {run.args.model}: {type(model).__name__}"
     check_flat_row(run, model, name)
@@ -2202,8 +2203,8 @@ def check_model(run, model, sampler, tokenizer):
 
 @torch.no_grad()
 def check_flat_row(run, model, name):
-    """Raises UserError, which begins with `name`, unless the flat row gives the hidden states that transformers gives sequence
-    by sequence; also for a window of attention that is left to masks."""
+    """Raises UserError, which begins with `name`, unless the flat row gives the same hidden states as transformers, which runs
+    one sequence at a time; also for a model that applies an attention window only through masks."""
     config, windows = model.config.get_text_config(), set()
     n = min(run.args.max_new_tokens, 4)  # of each completion
     prompts, completions = random_prompts(run, config, n), random_prompts(run, config, n, n)
@@ -2223,7 +2224,7 @@ def check_flat_row(run, model, name):
         gap = float((ours - torch.cat(theirs)).norm() / ours.norm())
     if not gap < 1e-3:
         raise UserError(f"{name} is of a kind that this project does not run: its hidden states differ by {gap:.2g} of their norm")
-    # A window that a family leaves to its masks, which are not used here, is seen by no sequence as short as these.
+    # These sequences are too short to show a window that a family applies only through masks, which are ignored here.
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ["sliding_attention"]
     is_used = window and window < run.args.max_prompt_tokens + run.args.max_new_tokens and "sliding_attention" in kinds
     if is_used and windows == {None}:
@@ -2238,7 +2239,7 @@ def random_prompts(run, config, room_after: int, length: int | None = None) -> l
 
 @contextlib.contextmanager
 def transformers_attention(model):
-    """In the block attention is transformers' own, in float32 without any kernel."""
+    """Context manager: the block runs transformers' own attention, in plain PyTorch ("eager")."""
     model.set_attn_implementation("eager")
     try:
         yield
@@ -2248,9 +2249,9 @@ def transformers_attention(model):
 
 @torch.no_grad()
 def logprob_gaps(run, model, sampler) -> tuple[float, float]:
-    """Largest difference in log-prob of this project and transformers, both in float32, and of sampler and trainer.
+    """Largest log-prob differences: of this project from transformers, both in float32, and of sampler from trainer.
 
-    Comes before `shard`: sharded layers compute in --dtype always, and only float32 tells a wrong family from rounding.
+    Call it before `shard`: sharded layers always compute in --dtype, and only float32 tells a wrong family from rounding.
     """
     temperature, C = sampler.temperature, min(sampler.C, 16)  # enough to tell
     prompts, uniforms = random_prompts(run, model.config.get_text_config(), C), run.uniforms(0, 4, 4, C)
@@ -2260,7 +2261,7 @@ def logprob_gaps(run, model, sampler) -> tuple[float, float]:
     with run.autocast():
         trainer = completion_logprobs(model, rollout, temperature)
     sampler_gap = (trainer - rollout.sampler_logprobs).abs().max()
-    if not sampler.is_exact:  # a sampler in float32 may round where one in bfloat16 does, but must not be wrong
+    if not sampler.is_exact:  # rounding would hide an error of a bfloat16 sampler: compare a float32 one
         rollout = Sampler(model, set(sampler.end_ids.tolist()), temperature, C).sample(prompts, 2, uniforms)
     ours = completion_logprobs(model, rollout, temperature)
     theirs = torch.zeros_like(ours)
@@ -2277,7 +2278,7 @@ def logprob_gaps(run, model, sampler) -> tuple[float, float]:
 def positions_of(config) -> int | None:
     """How many tokens a text config has positions for; None: no bound is known (XLNet's -1 is none).
 
-    With longrope (Phi-3, Phi-4-mini) the original number: a longer sequence changes the positions of its neighbours.
+    With longrope (Phi-3, Phi-4-mini) the original number: a longer sequence would change the positions of the whole batch.
     """
     positions, rope = getattr(config, "max_position_embeddings", None) or 0, getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
@@ -2309,15 +2310,15 @@ def is_compiled(model) -> bool:
 
 
 def compile_layers(*models):
-    """Let torch.compile fuse what stands between the matrix products of each layer; attention stays what it is.
+    """Let torch.compile fuse the operations between the matrix products of each layer; attention is not compiled.
 
     Layers of a kind share their programs: one with gradients, one without, one frozen.
-    Refuses where no program can be built, since torch.compile needs a C or C++ compiler.
+    Raises UserError where no program can be built: torch.compile needs a C or C++ compiler.
     """
     with explained_as("--compile: torch.compile does not work here"):
         torch.compile(torch.neg)(torch.ones(2, device=next(models[0].parameters()).device))
-    # Kinds of layers, with gradients and without, for one row or many: eight programs a function, the default, are too few
-    # for some families, and what comes after them would run as it is.
+    # One program for each kind of layer, with and without gradients, for one row and for many: the default limit of eight a
+    # function is too low for some families, and whatever exceeds it would run uncompiled.
     torch._dynamo.config.recompile_limit = 64
     AttentionInterface.register("flat_row", torch.compiler.disable(flat_row_attention))
     for module in nn.ModuleList(model for model in models if model is not None).modules():
@@ -2421,8 +2422,8 @@ def addition_rows(split):
 def warm_start(model, tokenizer, run, target=0.22, batch_size=64, max_steps=1000):
     """Supervised steps on the tiny model until its greedy accuracy on training prompts reaches `target`.
 
-    Makes it partly competent, as a pretrained model is: this is the reference policy, and all that follows learns from
-    the verifier's 0 or 1 alone.
+    This makes it partly competent, as a pretrained model is. The result is the reference policy; all later training learns
+    from rewards of 0 or 1 alone.
     """
     started = time.time()
     rows, probe = addition_rows("warm start"), addition_rows("train")
@@ -2554,7 +2555,7 @@ def fetch_gsm8k(split: str) -> Path:
     """The authors' file of GSM8K's split, fetched once into the Hugging Face cache folder."""
     path = Path(huggingface_hub.constants.HF_HOME, "gsm8k", f"{split}.jsonl")
     if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() != GSM8K_SHA256[split]:
+        if file_digest(path) != GSM8K_SHA256[split]:
             raise UserError(f"{path} is not GSM8K as its authors published it; delete it to fetch it again")
         return path
     # Behind a firewall that drops packets the default, no time limit, looks like a hang.
@@ -2578,7 +2579,7 @@ def read_hub_dataset(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
     flag_name = "--dataset" if split == "train" else "--eval-dataset"
     find_hub(name, flag_name)
     try:
-        import datasets  # reads at import whether the hub was found
+        import datasets  # after find_hub: reads HF_HUB_OFFLINE at import
     except ImportError:
         raise UserError(
             f"dataset {dataset} is neither built in (addition, gsm8k) nor a file here; "
@@ -2648,7 +2649,7 @@ def shows_system_message(tokenizer) -> bool:
 
 
 def system_in_user_turn(prompt: str | list[dict]) -> str | list[dict]:
-    """A chat whose system message stands in front of the user's first text; any other prompt as it is."""
+    """A chat with its system message moved to the front of the user message that follows; any other prompt unchanged."""
     if not begins_with_system(prompt) or len(prompt) < 2 or prompt[1]["role"] != "user":
         return prompt
     system, user, *rest = prompt
@@ -2668,7 +2669,7 @@ def check_roles(chats: list[tuple[str, list[dict]]], tokenizer):
 
 
 def chat_ids(chat: list[dict], tokenizer, place: str = "") -> list[int]:
-    """Tokens of a chat up to where the reply begins, or goes on if the chat ends with an assistant's."""
+    """Tokens of a chat up to where the reply begins, or continues if the chat ends with an assistant's message."""
     if not tokenizer.chat_template:
         raise UserError(
             f"{place}this model's tokenizer has no chat template, which chats and --system-prompt need: "
@@ -2682,8 +2683,8 @@ def chat_ids(chat: list[dict], tokenizer, place: str = "") -> list[int]:
 
 
 def text_ids(texts: list[str], tokenizer) -> list[list[int]]:
-    """Tokens of texts with the tokenizer's special tokens, but no second begin token where the text spells one, and no end
-    token that it adds, after which the model would have to go on."""
+    """Tokens of texts with the tokenizer's special tokens, but without a second begin token if the text spells one, and
+    without an end token that the tokenizer appends, since the model has to continue the prompt."""
     all_ids = tokenizer(texts)["input_ids"] if texts else []
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     for i, (text, ids) in enumerate(zip(texts, all_ids)):
@@ -2698,10 +2699,10 @@ def text_ids(texts: list[str], tokenizer) -> list[list[int]]:
 
 
 def held_out_split(rows: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """(training rows, evaluation rows): min(count, a tenth) by seeded choice, each side in file order.
+    """(training rows, evaluation rows): holds out min(count, a tenth) of the distinct prompts, at random by seed.
 
-    Of distinct prompts, since some datasets repeat each of theirs; none is on both sides. With fewer than 10 of them there
-    is nothing to hold out: the evaluation rows are training rows.
+    Distinct, since some datasets repeat prompts; none is on both sides. Rows stay in file order. Of fewer than 10 distinct
+    prompts none are held out: the evaluation rows are training rows.
     """
     prompts, first_rows = [json.dumps(row["prompt"]) for row in rows], {}
     for prompt, row in zip(prompts, rows):
@@ -2716,7 +2717,7 @@ def held_out_split(rows: list[dict], count: int, seed: int) -> tuple[list[dict],
 def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward") -> tuple[list[dict], list[dict]]:
     """Rows to train on and rows to evaluate on, checked against what the reward functions need.
 
-    Never the same ones, unless --eval-dataset has them too, or without it there are fewer than 10.
+    No prompt is in both, unless --eval-dataset repeats it, or there is no --eval-dataset and fewer than 10 prompts.
     """
     train_rows = load_rows(args.dataset, "train", args.prompt_column, args.answer_column)
     if args.eval_dataset or args.dataset in ("addition", "gsm8k"):
@@ -2730,7 +2731,7 @@ def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward
 
 
 def as_question(row: dict) -> dict:
-    """A text as models without a chat template are asked; a chat as it is."""
+    """Put a text prompt into "Question: ... Answer:" form, for models without a chat template; leave a chat as it is."""
     return row | {"prompt": f"Question: {row['prompt']}\nAnswer:"} if isinstance(row["prompt"], str) else row
 
 
@@ -2797,7 +2798,7 @@ class PromptStream:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the prompts and their columns, to tell a resumed run that they are other ones."""
+        """Digest of the prompts and their columns, by which a resumed run notices that they have changed."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             row = json.dumps([prompt.ids, prompt.columns], default=lambda other: type(other).__name__, skipkeys=True)
@@ -2820,8 +2821,8 @@ class PromptStream:
 # =============================================================================
 # Built-in rewards
 # =============================================================================
-# Completions are the model's text: parsed, never executed, and every step is linear in their length, for a policy under
-# training writes anything at all.
+# Completions are the model's text and may be anything. They are parsed, never executed, and every step of this takes time
+# linear in their length.
 
 
 def completion_text(completion: str | list[dict]) -> str:
@@ -2836,12 +2837,12 @@ def exact_reward(completions, answer, **_) -> list[float | None]:
     ]
 
 
-# It begins with the digits, which keeps the search fast; SIGN looks at what stands before them: a
-# minus, unless it follows an operand (10-5), a currency sign, a leading point.
+# NUMBER begins with digits, which keeps the search fast. SIGN matches what precedes them: a minus
+# (unless it follows an operand, as in 10-5), a currency sign, a leading point.
 NUMBER = re.compile(r"(?:([0-9]+) (?=[0-9]+/[0-9]))?([0-9]+(?:[,_][0-9]{3}(?![0-9]))*(?:\.[0-9]+)?)(?:/([0-9]+))?")
 SIGN = re.compile(r"((?<![\w)\]}%.])[-\u2212\u2013])?(?:\\?[$€£¥₹])?((?<![\w.])\.)?\Z")
-# What shows that a number is a piece of something else (10^3, 2\sqrt{3}, 6 * 7, 5:30, 1e3, 10 000) and not the number
-# that is meant. Units, degrees and the stars of *emphasis* are no such thing.
+# What after or before a number shows that it is part of an expression (10^3, 2\sqrt{3}, 6 * 7, 5:30, 1e3, 10 000) and so
+# not the answer. Units, degrees and the stars of *emphasis* do not count.
 GOES_ON = re.compile(
     r"\s*(?:\^(?!\{?\\circ)|\\(?!text|math|mbox|rm|circ|deg|q?quad|right|approx|implies|checkmark|end)[A-Za-z])"
     r"|\s*[-+*/×÷\u2212\u2013]\s*\\?[$€£¥₹]?[0-9(]|\s?\*\*[0-9(]|[²³¹⁰-⁹¼-¾⅐-⅞]|[_.,:][0-9]|[eE][-+]?[0-9]|\s[0-9]|\([0-9]"
@@ -2855,11 +2856,11 @@ BEGAN_BEFORE = re.compile(
 def gsm8k_number(text: str) -> Fraction | None:
     r"""The number that a solution ends with, exactly; None if it has none.
 
-    Where it is looked for: inside the last \boxed{...} if there is one, else on the line after the
-    last ####, else anywhere. In the first two it is the first number after the last "=" that one
-    follows, so that a unit may stand behind it; anywhere means the last number of the text. What is
-    part of an expression, as in 10^3, is none. Thousands separators, currency and percent signs do
-    not count, a/b, \frac{a}{b} and 4\frac{1}{2} are fractions; 42, 42.0 and \$42.00 are equal.
+    It is searched for inside the last \boxed{...} if there is one, else in the first line of what
+    follows the last ####, else anywhere. In the first two it is the first number after the last "=" that has
+    one after it, so a unit may follow; else it is the last number of the text. If that number is part
+    of an expression, as in 10^3, the result is None. Thousands separators, currency and percent signs
+    are ignored; a/b, \frac{a}{b} and 4\frac{1}{2} are fractions; 42, 42.0 and \$42.00 are equal.
     """
     text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")  # TeX's spacing in 10{,}000
     text = re.sub(r"\\[ :;]|~", " ", text)
@@ -2903,7 +2904,7 @@ def last_match(pattern: str | re.Pattern, text: str) -> re.Match | None:
 
 
 def braced(text: str, start: int) -> str:
-    """What stands from start up to the brace that closes; nothing if none does within 1000 characters."""
+    """The text from `start` up to the matching closing brace; empty if there is none within 1000 characters."""
     depth = 1
     for i, char in enumerate(text[start : start + 1000], start):
         depth += (char == "{") - (char == "}")
@@ -3015,12 +3016,12 @@ class Reward:
 
 @dataclass
 class Scores:
-    total: Tensor  # (B,) float32, weighted sum over the functions that apply, NaN where none does; weight 0: only watched
+    total: Tensor  # (B,) float32, weighted sum over the functions that apply, NaN where none does; weight 0: only logged
     by_function: dict[str, Tensor]  # (B,) float32 each, unweighted, dense ones summed, NaN for None
-    # For each sample one weighted float a completion token, plain scores standing on the last one, and None where no
-    # step ends; None for it all where no function applies.
+    # For each sample a list of weighted rewards, one a completion token: a plain score is on the last token, and None is
+    # where no step ends. None in place of the list where no function applies.
     dense: list[list[float | None] | None]
-    has_lists: bool  # whether a function returned a list, of a number a token, for a sample
+    has_lists: bool  # whether a function of weight other than 0 returned a list, one number a token, for a sample
     metrics: dict[str, list[float]]  # what functions gave to log_metric(name, value), call by call
     extra: dict[str, list]  # what functions gave to log_extra(column, values), B values a column
 
@@ -3041,9 +3042,9 @@ class Scores:
 
 
 def load_rewards(names: list[str], modules: dict[str, types.ModuleType] | None = None) -> list[Reward]:
-    """Rewards by name: a built-in one, or "file.py:function", whose file is executed once, unless it is in `modules`.
+    """Rewards by name: a built-in one, or "file.py:function", whose file is executed once and then kept in `modules`.
 
-    Raises UserError for a name, file or function that cannot be had.
+    Raises UserError for a name, file or function that does not exist.
     """
     rewards, modules = [], {} if modules is None else modules
     # Other scalars, reward/mean and so on, have these names.
@@ -3068,7 +3069,7 @@ def load_rewards(names: list[str], modules: dict[str, types.ModuleType] | None =
 
 
 def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
-    """The rewards to train on, --reward and --reward-model, and the one that evaluation counts by."""
+    """The rewards to train on (--reward, then --reward-model), and the one that evaluation uses."""
     names = args.reward or ([] if args.reward_model else ["gsm8k" if args.dataset == "gsm8k" else "exact"])
     count = len(names) + bool(args.reward_model)
     weights = args.reward_weights or [1.0] * count
@@ -3078,13 +3079,13 @@ def load_all_rewards(args, run) -> tuple[list[Reward], Reward]:
     rewards = load_rewards(names, modules)
     if args.reward_model:
         rewards.append(Reward("reward_model", load_reward_model(args, run)))
-    # What is right does not depend on how much it counts: evaluation goes by the reward without its weight.
+    # Evaluation uses the reward without its weight: a score of 1 means right, whatever its weight in training.
     eval_reward = load_rewards([args.eval_reward], modules)[0] if args.eval_reward else rewards[0]
     return [dataclasses.replace(reward, weight=weight) for reward, weight in zip(rewards, weights)], eval_reward
 
 
 def load_reward_model(args, run) -> Callable:
-    """A sequence-classification model with one label as a reward function; it may have a tokenizer of its own."""
+    """A sequence-classification model with one label as a reward function; it uses its own tokenizer."""
     name, classifier = f"--reward-model {args.reward_model}", AutoModelForSequenceClassification
     tokenizer = load_tokenizer(args.reward_model, "--reward-model", args)
     model = load_model(classifier, args.reward_model, "--reward-model", args, run.compute_dtype, attention=None)
@@ -3097,7 +3098,7 @@ def load_reward_model(args, run) -> Callable:
     if 0 < room <= args.max_new_tokens:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: {name} has {room} positions")
     if config.pad_token_id is None:  # transformers would refuse more than one row at a time
-        config.pad_token_id = -1  # the id of no token, for rows of one length need none
+        config.pad_token_id = -1  # no token's id: rows of one length need no pad
 
     takes_system = bool(tokenizer.chat_template) and shows_system_message(tokenizer)
 
@@ -3122,7 +3123,7 @@ def load_reward_model(args, run) -> Callable:
     @torch.no_grad()
     def reward(prompts, completions, **_):
         rows = [ids_of(prompt, completion) for prompt, completion in zip(prompts, completions)]
-        by_length = defaultdict(list)  # only equal lengths together: no padding, whichever token a class takes for it
+        by_length = defaultdict(list)  # batches of equal length: no padding, whose token differs between classes
         for i, ids in enumerate(rows):
             by_length[len(ids)].append(i)
         scores = [0.0] * len(rows)
@@ -3143,9 +3144,9 @@ def import_file(path: str):
     folder = os.path.dirname(os.path.abspath(path))
     if folder not in sys.path:
         sys.path.append(folder)  # last: a data folder called "datasets" must not hide the library
-    name = Path(path).stem  # under which processes that a reward function spawns import it, too
+    name = Path(path).stem  # processes that a reward function spawns import it by this name, too
     found = importlib.machinery.PathFinder.find_spec(name)
-    if name in sys.modules or not found or found.origin != os.path.abspath(path):  # other modules have their names already
+    if name in sys.modules or not found or found.origin != os.path.abspath(path):  # the name is another module's
         name = f"reward_file_{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -3170,8 +3171,8 @@ def raised_at(error: BaseException, path: str | None) -> str:
 def check_rewards(rewards: list[Reward], rows: list[dict], system_prompt: str | None = None):
     """Raises UserError, before anything is sampled, for rewards that cannot score these rows.
 
-    Checked for all: the columns that they demand; for the built-in ones also what the columns hold, and for a reward
-    model whether it takes prompts of this kind.
+    Checked for all: that the columns they require exist; for built-in ones also the contents of the columns; for a reward
+    model also whether it takes prompts of this kind.
     """
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     check_columns(rewards, list(columns))
@@ -3180,7 +3181,7 @@ def check_rewards(rewards: list[Reward], rows: list[dict], system_prompt: str | 
             for row in rows:
                 try:
                     reward.function(**{name: [row[name]] for name in columns} | {"completions": [""]})
-                except (ValueError, TypeError, ArithmeticError) as error:  # of numbers that are none
+                except (ValueError, TypeError, ArithmeticError) as error:  # e.g. text where a number belongs
                     raise UserError(f"{getattr(row, 'place', 'a row')}: reward {reward.name}: {error}") from error
         elif reward.name == "reward_model":
             some = sorted(rows, key=lambda row: len(str(row["prompt"])))[:8]  # the shortest are not dropped as too long
@@ -3256,10 +3257,10 @@ def score(
 
     by_function = {name: torch.tensor([as_float(v) for v in values]) for name, values in returned.items()}
     weights = {reward.name: reward.weight for reward in rewards}
-    counted = [name for name in by_function if weights[name] != 0] or list(by_function)  # the others are only watched
+    counted = [name for name in by_function if weights[name] != 0] or list(by_function)  # those of weight 0 are only logged
     weighted = torch.stack([weights[name] * by_function[name] for name in counted])  # (functions, B)
     total = weighted.nansum(0).masked_fill(weighted.isnan().all(0), math.nan)
-    if (total.abs() > 1e15).any():  # whose square float32 could not hold
+    if (total.abs() > 1e15).any():  # much beyond it float32 cannot hold the squares
         raise UserError("a sum of the scores, each times its weight, is beyond 1e15; look at --reward-weights")
     has_lists = any(isinstance(value, list) for name in counted for value in returned[name])
     return Scores(total, by_function, dense_scores(weights, returned, completion_ids), has_lists, metrics, extra)
@@ -3268,15 +3269,15 @@ def score(
 def dense_scores(
     weights: dict[str, float], returned: dict[str, list], completion_ids: list[list[int]]
 ) -> list[list[float | None] | None]:
-    """Weighted sum of what the functions returned, a float a token.
+    """Weighted sum of what the functions returned, token by token, as in `Scores.dense`.
 
-    In a list 0 and None say that no step ends there (0 so that functions written for PPO work); a plain score always
-    ends one, on the last token.
+    In a returned list both 0 and None mean that no step ends there (0, so that functions written for PPO work). A plain
+    score always ends a step, on the last token.
     """
     samples: list[list[float | None] | None] = [None] * len(completion_ids)
     for name, values in returned.items():
         for i, value in enumerate(values):
-            if value is None or weights[name] == 0:  # a function without weight is watched, and ends no step
+            if value is None or weights[name] == 0:  # weight 0: only logged, ends no step
                 continue
             length = len(completion_ids[i])
             steps = [v or None for v in value] if isinstance(value, list) else [None] * (length - 1) + [value]
@@ -3286,7 +3287,7 @@ def dense_scores(
 
 
 def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
-    """The function's own return value, given what its signature takes of the inputs."""
+    """Call the function with the inputs that its signature takes; returns what it returns, unchecked."""
     completions, expected = inputs["completions"], parameters(reward.function)
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in expected):
         names = {parameter.name for parameter in expected}
@@ -3311,7 +3312,7 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
 
 @contextlib.contextmanager
 def left_as_found():
-    """Puts back what a reward file may change for the whole process: working folder, and torch's grad mode and default dtype."""
+    """Restores what a reward file may change for the whole process: working folder, torch's grad mode and default dtype."""
     folder, has_gradients, dtype = os.open(".", os.O_RDONLY), torch.is_grad_enabled(), torch.get_default_dtype()
     try:
         yield
@@ -3328,7 +3329,7 @@ def event_loop():
 
 
 def result_of(awaitable) -> Any:
-    """What it gives in the end; where a loop runs in this thread already, as in a notebook, by way of another thread."""
+    """The awaitable's result; waits in another thread if this one already runs an event loop, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -3338,7 +3339,7 @@ def result_of(awaitable) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """The same lists and dicts anew, none in two places; anything else in them as it is."""
+    """Lists and dicts copied at every level, so that no two places share one; other objects are not copied."""
     if isinstance(value, dict):
         return {key: copied(item) for key, item in value.items()}
     return [copied(item) for item in value] if isinstance(value, list) else value
@@ -3482,8 +3483,8 @@ def micro_batches(rollout: Rollout, budget: int) -> list[Tensor]:
 
 
 def each_micro_batch(run, rollout: Rollout) -> Iterator[tuple[slice, Rollout]]:
-    """Rows and sequences of each micro-batch. As many in every process, since sharded models gather their parameters in
-    all of them at once: where one has fewer, empty ones follow."""
+    """Rows and sequences of each micro-batch. All processes get equally many, since sharded models gather their parameters
+    in all of them together: a process with fewer adds empty ones."""
     parts = micro_batches(rollout, run.micro_batch_tokens)
     missing = run.max(len(parts)) - len(parts)
     for rows in inner_progress(parts, run.current_phase):
@@ -3509,8 +3510,8 @@ def in_micro_batches(run, function, rollout: Rollout) -> Tensor:
 
 
 def accumulate_gradients(run, loss_of, rollout: Rollout, models: list[nn.Module], means: "Means | None" = None):
-    """Add the gradients of the sum of `loss_of(micro_batch)` over all micro-batches of `rollout` to those that are there;
-    `clip_and_step` uses them up. `means`: what `loss_of` adds to."""
+    """Sum `loss_of(micro_batch)` over the micro-batches of `rollout` and add its gradients to those that `models` have;
+    `clip_and_step` uses and clears them. `means`: the Means that `loss_of` adds to."""
     if rollout.temperature not in (None, run.args.temperature):
         raise UserError(
             f"sampled at temperature {rollout.temperature:g} and scored at {run.args.temperature:g}: "
@@ -3520,7 +3521,7 @@ def accumulate_gradients(run, loss_of, rollout: Rollout, models: list[nn.Module]
     weights = [weight for model in models for weight in model.parameters() if weight.grad is not None]
     before, gradients = means.sums.copy(), [weight.grad.clone() for weight in weights]  # of another loss of the same step
 
-    def attempt():  # a second one, with smaller micro-batches, counts nothing twice
+    def attempt():  # starts afresh: a retry, with smaller micro-batches, must count nothing twice
         means.sums = before.copy()
         for model in models:
             model.zero_grad(set_to_none=True)
@@ -3562,7 +3563,7 @@ def set_learning_rate(optimizer, share: float):
 
 def clip_and_step(run, models: list[nn.Module], *optimizers) -> Tensor:
     """Clip the gradient norm of each model and take the optimisers' step, unless a gradient is not finite; returns the
-    norm of the first model. Weights that no optimiser has count in no norm."""
+    gradient norm of the first model, before clipping. Weights that no optimiser holds are left out of the norms."""
     trained = {weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]}
     weights = [[weight for weight in model.parameters() if weight in trained] for model in models]
     norms = [whole(torch.nn.utils.clip_grad_norm_(some, run.args.max_grad_norm)) for some in weights]
@@ -3584,8 +3585,8 @@ def logprobs_without_gradient(run, model, rollout: Rollout) -> Tensor:
 
 
 def old_logprobs(run, sampler, policy, rollout: Rollout) -> Tensor:
-    """Log-probs under the policy that sampled: the sampler's own, or a pass of the trainer's where these are less precise,
-    or the tokens were given (`rollout_of`). To be called before the first update."""
+    """Log-probs under the policy that sampled, (B, C): the sampler's own if it is exact, else from a pass of the trainer (also
+    for tokens given to `rollout_of`). Call it before the first update."""
     was_sampled = rollout.temperature is not None
     return rollout.sampler_logprobs if sampler.is_exact and was_sampled else logprobs_without_gradient(run, policy, rollout)
 
@@ -3608,21 +3609,20 @@ class Means:
         self.sums = defaultdict(lambda: 0.0)  # name -> (sum, count)
 
     def add(self, name: str, x, mask: Tensor | None = None):
-        """Count the numbers x (those under the mask, to whose shape x is expanded), each with the same weight."""
+        """Add the numbers x, all with the same weight; with a mask x is expanded to its shape and counts where it is True."""
         x = torch.as_tensor(x, dtype=torch.float32).detach()
         mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
         self.sums[name] = self.sums[name] + torch.stack([torch.where(mask, x.expand(mask.shape), 0.0).sum(), mask.sum()])
 
     def reduce(self, run) -> dict[str, float]:
-        sums = {name: pair.tolist() for name, pair in self.sums.items()}
-        parts = run.gather(sums)
+        parts = run.gather({name: pair.tolist() for name, pair in self.sums.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         sums = {name: [sum(part.get(name, (0, 0))[i] for part in parts) for i in (0, 1)] for name in names}
         return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
 
 
 def mean_and_variance(run, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sample variance of x, (B,) or (B, C), over a mask of the same shape in all processes."""
+    """Mean and sample variance, over all processes, of x, (B,) or (B, C), where the mask of the same shape is True."""
     x = x.expand(mask.shape)  # fails for (B, 1) and (B,), which would make a table (B, B)
     count, total = run.sum(mask.sum(), torch.where(mask, x, 0.0).sum())
     mean = total / max(count, 1)
@@ -3631,21 +3631,22 @@ def mean_and_variance(run, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_table(dense: list[list[float | None] | None], rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Rewards given token by token, 0 where there is none, and the tokens at which a step ends: both (B, C).
+    """`Scores.dense` as tensors: the reward of each token, 0 where there is none, and where a step ends: both (B, C).
 
-    Of a completion that is left out there are none.
+    A completion that is left out has no rewards and no steps.
     """
     table = torch.full(rollout.completion_ids.shape, math.nan)
     for row, values in zip(table, dense):
-        row[: len(values or [])] = torch.tensor([math.nan if value is None else value for value in values or []])
+        if values is not None:
+            row[: len(values)] = torch.tensor([math.nan if value is None else value for value in values])
     table = table.to(rollout.completion_ids.device).masked_fill(~rollout.completion_mask, math.nan)
     return table.nan_to_num(0), ~table.isnan()
 
 
 def update_flops(models: list[nn.Module], rollout: Rollout) -> float:
-    """Multiplications and additions that one epoch of updates needs: 6 for each weight of a matrix and token.
+    """Floating-point operations that one epoch of updates needs: 6 for each token and weight in a matrix.
 
-    The attention products and what gradient checkpointing computes again are not counted; of a mixture all experts are.
+    Attention products and the recomputation of gradient checkpointing are not counted; all experts of a mixture are.
     """
     completion_tokens = int(rollout.lengths.sum())
     tokens = completion_tokens + int(rollout.prompt_lengths[distinct(rollout.prompt_index)[0]].sum())
@@ -3675,10 +3676,10 @@ def matrix_rate(device, dtype) -> float:
 
 
 def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners: list[nn.Module]) -> dict[str, float]:
-    """What both scripts log of a step, with what the script itself has put into `means`. Ends the phase, which has to be
-    "update", and counts the step in `trainer_state`: for one call a step."""
+    """The metrics that both scripts log, with those that the script has added to `means`. Ends the phase, which has to be
+    "update", and counts the step in `trainer_state`: call it once a step."""
     run.phase(None)
-    run.trainer_state.global_step += 1  # the rollout is done: what evaluates after this step counts it
+    run.trainer_state.global_step += 1  # the evaluation after this step sees it as done
     valid = ~rollout.scores.isnan()
     means.add("reward/mean", rollout.scores, valid)
     for name, values in scores.by_function.items():
@@ -3690,7 +3691,7 @@ def step_metrics(run, rollout: Rollout, scores: "Scores", means: Means, learners
     metrics = means.reduce(run)
     highest = run.max(float(rollout.scores.nan_to_num(-math.inf).max()))
     lowest = -run.max(float(-rollout.scores.nan_to_num(math.inf).min()))
-    std = float(mean_and_variance(run, rollout.scores, valid)[1].sqrt()) if highest > lowest else 0.0  # exactly, if all are equal
+    std = float(mean_and_variance(run, rollout.scores, valid)[1].sqrt()) if highest > lowest else 0.0  # exact if all equal
     metrics["reward/std"] = std if highest >= lowest else math.nan
     tokens, seconds = run.sum(rollout.lengths.sum())[0], sum(run.seconds.values())
     metrics |= {f"perf/{phase}_seconds": value for phase, value in run.seconds.items()}
@@ -3730,7 +3731,7 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
         torch.save(saved | {"random_states": all_random_states, "script": run.script}, partial / "state.pt")
         digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
-    # Newer ones than this were damaged when the run was resumed: they do not count.
+    # Checkpoints newer than this one were damaged when the run was resumed: they do not count as kept.
     older = checkpoints_of(run.folder)
     older = older[: older.index(folder) + 1]
     for path in [*older[: -run.args.keep_checkpoints], *folder.parent.glob(".*.partial")]:
@@ -3738,7 +3739,7 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
 
 
 def can_be_loaded(run, key: str, value: Any) -> bool:
-    """Whether `load_checkpoint` would take this value, since code in a file is refused; warns if not."""
+    """Whether `load_checkpoint` could read this value, since it refuses code in a file; warns if not."""
     file = io.BytesIO()
     try:
         torch.save(value, file)
@@ -3752,8 +3753,8 @@ def can_be_loaded(run, key: str, value: Any) -> bool:
 
 @contextlib.contextmanager
 def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dict[str, Any]):
-    """If the block raises a UserError, in whichever process, the steps done so far are saved first. For any part of a step
-    but its update; with several processes the block's only collectives are `run.gather` and what calls it.
+    """If the block raises a UserError in any process, save the steps done so far before it ends the run. For any part of a
+    step except its update. With several processes the block may use no collectives except `run.gather` and its callers.
     """
     random_states = get_random_states()  # the block begins anew when the run goes on
     try:
@@ -3774,7 +3775,7 @@ def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dic
 
 
 def get_random_states() -> tuple:
-    """Of Python, torch and numpy, from which only reward functions draw, in what torch.load takes with weights_only."""
+    """Random states of Python, torch and numpy (only reward functions draw from these), as types that weights_only takes."""
     name, keys, *rest = numpy.random.get_state()
     return random.getstate(), torch.get_rng_state(), (name, keys.tolist(), *rest)
 
@@ -3786,7 +3787,7 @@ def set_random_states(states: tuple):
 
 @contextlib.contextmanager
 def complete_or_absent(folder: Path, what: str):
-    """A folder to write into, which takes the place of `folder` once all of it is on the disk; none is left by an error."""
+    """Context manager: yields a temporary folder that replaces `folder` once all of it is on disk; an error removes it."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         with explained_as(f"{what} cannot be written"):
@@ -3840,7 +3841,7 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
                 )
             for key, tensor in weights_of(model).items():
                 tensor.copy_(placed(file.get_tensor(key), tensor))
-    # Code in it is refused; one that another version of this project wrote may lack what is looked for.
+    # weights_only refuses code in the file; a file from another version of this project may lack entries.
     hint = "perhaps another version of this project wrote it"
     with explained_as(f"--resume {run.args.resume}: {folder / 'state.pt'} cannot be loaded, {hint}"):
         saved = torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=run.world > 1)
@@ -3859,7 +3860,7 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
 
 
 def newest_checkpoint(run, files: list[str]) -> Path:
-    """The newest checkpoint of --resume whose `files` are what was written; says which ones are damaged."""
+    """The newest checkpoint of --resume whose `files` match their digests; warns of damaged ones."""
     for folder in reversed(checkpoints_of(Path(run.args.resume))):
         try:
             digests = json.loads((folder / "manifest.json").read_text())
