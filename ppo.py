@@ -1,7 +1,7 @@
 """Proximal Policy Optimization (PPO) for language models, in one file.
 
-The policy answers each prompt, and a critic of its own size predicts before every token what the answer will be worth.
-Only the surplus over that prediction counts as advantage. A clipped surrogate keeps each update small, and a KL term,
+The policy answers each prompt, and a critic, by default as large, predicts before every token what the answer will be
+worth. Only the surplus over that prediction counts as advantage. A clipped surrogate keeps each update small, and a KL term,
 subtracted from the reward token by token, keeps the policy near the frozen reference model it started from.
 
     python ppo.py                                                                   # tiny model, about a minute, no GPU
@@ -15,12 +15,12 @@ Where this differs from the papers:
     completion is scored like any other; --truncation-penalty lowers its score.
  2. The critic is a separate model with a scalar head that starts at 0; both models share one learning-rate schedule, and
     the gradient of each is clipped to --max-grad-norm on its own.
- 3. A sampler in bfloat16 is corrected for by truncated importance weights (--tis-cap).
+ 3. Truncated importance weights (--tis-cap) correct for a sampler in bfloat16.
  4. The learning rates decay linearly to 0.
- 5. The old policy's log-probs are the sampler's where it computes in float32; else they get a pass of their own.
+ 5. The old policy's log-probs are the sampler's if it computes in float32; else a separate pass computes them.
 
-Letters: N prompts a step, G completions a prompt, B = N G sequences (each process has its share of
-them; b are in a micro-batch), C completion tokens. Column t of every (B, C) tensor is completion token t.
+Letters: N prompts a step, G completions a prompt, B = N G sequences (split between the
+processes; b in a micro-batch), C completion tokens. Column t of every (B, C) tensor is completion token t.
 """
 
 import math
@@ -39,76 +39,76 @@ class Args:
     # Model and data
     model: str = flag("tiny", "tiny (built in), a hub id, or a directory")
     dataset: str = flag(tiny="addition", real="gsm8k", help="addition, gsm8k, a .jsonl file, or a hub dataset id[:config]")
-    eval_dataset: str | None = flag(help="as --dataset, for evaluation (default: a held-out part of the dataset)")
-    prompt_column: str = flag("prompt", "column of the prompt, a text or a chat")
-    answer_column: str = flag("answer", "column that the built-in rewards compare with")
-    system_prompt: str | None = flag(help="put before every prompt, through the chat template (default: none, but for gsm8k)")
+    eval_dataset: str | None = flag(help="like --dataset, but for evaluation (default: a held-out part of --dataset)")
+    prompt_column: str = flag("prompt", "column with the prompt, a text or a chat")
+    answer_column: str = flag("answer", "column with the answer that the built-in rewards compare with")
+    system_prompt: str | None = flag(help="system message put before every prompt, as a chat (default: only for gsm8k)")
     trust_remote_code: bool = flag(False, "let a hub model run its own code on this machine")
     # Reward
     reward: list[str] = flag(
-        [], "exact, gsm8k, countdown, format, or file.py:function; may be repeated (default: gsm8k for gsm8k, else exact)"
+        [], "exact, gsm8k, countdown, format, or file.py:function; repeatable (default: gsm8k for dataset gsm8k, else exact)"
     )
     reward_weights: list[float] = flag([], "one for each --reward, then for --reward-model (default: 1); 0: only logged")
-    reward_model: str | None = flag(help="a sequence-classification model, beside --reward or, where none is given, alone")
+    reward_model: str | None = flag(help="a sequence-classification model, added to --reward, or alone if none is given")
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0, at_most=1e9)
     # Sampling
-    steps: int = flag(tiny=220, real=500, help="rollouts", at_least=1)
-    prompts_per_step: int = flag(256, "N, over all processes", at_least=1)
+    steps: int = flag(tiny=220, real=500, help="number of rollouts", at_least=1)
+    prompts_per_step: int = flag(256, "N, of all processes together", at_least=1)
     samples_per_prompt: int = flag(1, "G, completions of each prompt", at_least=1)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
-    max_new_tokens: int = flag(tiny=5, real=512, help="C, tokens of a completion, at most", at_least=1)
-    temperature: float = flag(1.0, "of sampling, and of all log-probs", at_least=1e-3)
+    max_new_tokens: int = flag(tiny=5, real=512, help="C, maximum tokens of a completion", at_least=1)
+    temperature: float = flag(1.0, "divides the logits, in sampling and in all log-probs", at_least=1e-3)
     # Algorithm
     baseline: str = flag("critic", "subtracted from the return: the critic's value, or nothing", choices=["critic", "none"])
     gamma: float = flag(1.0, "discount of later rewards", at_least=0, at_most=1)
-    gae_lambda: float = flag(1.0, "of generalised advantage estimation; 1: returns minus values", at_least=0, at_most=1)
+    gae_lambda: float = flag(1.0, "lambda of generalised advantage estimation; 1: return minus value", at_least=0, at_most=1)
     whiten_advantages: bool | None = flag(
-        tiny=False, real=True, help="to mean 0 and variance 1 in each rollout, with a critic"
+        tiny=False, real=True, help="scale advantages to mean 0 and variance 1 in each rollout, if there is a critic"
     )
-    clip_low: float = flag(0.2, "where A < 0, ratios count down to 1 - this; inf: no clip", at_least=0)
-    clip_high: float = flag(0.2, "where A > 0, ratios count up to 1 + this; inf: no clip", at_least=0)
-    value_clip: float = flag(0.2, "values may leave the rollout's by this much; inf: no clip", above=0)
+    clip_low: float = flag(0.2, "for A < 0, ratios are clipped below 1 - this; inf: no clip", at_least=0)
+    clip_high: float = flag(0.2, "for A > 0, ratios are clipped above 1 + this; inf: no clip", at_least=0)
+    value_clip: float = flag(0.2, "values are clipped to this distance from the rollout's; inf: no clip", above=0)
     value_coef: float = flag(1.0, "weight of the value loss", above=0)
     kl_coef: float = flag(
         tiny=0.02, real=0.05, help="beta, weight of the KL in the reward; 0: no reference model", at_least=0
     )
-    kl_estimator: str = flag("k1", "of the KL in the reward", choices=["k1", "k2", "k3"])
-    kl_target: float | None = flag(help="adapt --kl-coef so that the KL of a sequence stays near this", above=0)
-    kl_horizon: float = flag(10000, "completions over which --kl-coef adapts", above=0)
-    tis_cap: float = flag(2.0, "bound of the weights that correct for a sampler in lower precision; 0: none", at_least=0)
+    kl_estimator: str = flag("k1", "estimator of the KL in the reward", choices=["k1", "k2", "k3"])
+    kl_target: float | None = flag(help="adapt --kl-coef so that the mean KL of a sequence stays near this", above=0)
+    kl_horizon: float = flag(10000, "number of completions over which --kl-coef adapts", above=0)
+    tis_cap: float = flag(2.0, "cap of the importance weights that correct for a bfloat16 sampler; 0: none", at_least=0)
     truncation_penalty: float = flag(0.0, "subtracted from the score of a completion without an end token", at_least=0)
-    critic_model: str | None = flag(help="what the critic starts from, its head aside (default: the policy)")
+    critic_model: str | None = flag(help="model that the critic starts from, except for the head (default: the policy)")
     update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
-    num_minibatches: int = flag(tiny=2, real=4, help="optimiser steps a pass", at_least=1)
+    num_minibatches: int = flag(tiny=2, real=4, help="optimiser steps in each pass", at_least=1)
     # Optimisation
-    learning_rate: float = flag(tiny=1.5e-3, real=1e-6, help="at its peak", above=0)
-    critic_learning_rate: float = flag(tiny=1e-3, real=1e-5, help="at its peak", above=0)
-    warmup_steps: int = flag(tiny=20, real=10, help="of linear warm-up", at_least=0)
-    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
+    learning_rate: float = flag(tiny=1.5e-3, real=1e-6, help="peak learning rate", above=0)
+    critic_learning_rate: float = flag(tiny=1e-3, real=1e-5, help="peak learning rate of the critic", above=0)
+    warmup_steps: int = flag(tiny=20, real=10, help="steps of linear warm-up", at_least=0)
+    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm", above=0)
     micro_batch_tokens: int = flag(16384, "tokens in one forward and backward pass; bounds memory", at_least=1)
-    gradient_checkpointing: bool = flag(False, "less memory, a third more time in the update")
-    compile: bool = flag(False, "fuse the layers with torch.compile, meant for GPUs; compiling takes a while at the start")
+    gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third more time in the update")
+    compile: bool = flag(False, "fuse operations with torch.compile, meant for GPUs; compiling delays the start")
     dtype: str | None = flag(
-        help="of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"]
+        help="precision of matrix products (default: bfloat16 on GPUs, else float32)", choices=["bfloat16", "float32"]
     )
-    device: str | None = flag(help="cuda, mps or cpu (default: the first of these that is there)")
-    seed: int = flag(1, "of everything random", at_least=0, at_most=2**32 - 1)
+    device: str | None = flag(help="cuda, mps or cpu (default: the first of these that is available)")
+    seed: int = flag(1, "seed of everything random", at_least=0, at_most=2**32 - 1)
     # Evaluation, logging, checkpoints
     eval_every: int = flag(50, "steps between evaluations; 0: only before and after", at_least=0)
-    eval_prompts: int = flag(500, "held-out prompts at most", at_least=1)
+    eval_prompts: int = flag(500, "maximum number of held-out prompts", at_least=1)
     eval_samples: int = flag(0, "n samples a prompt for pass@k, k = 1, 2, 4, ..., n; 0: greedy accuracy only", at_least=0)
-    eval_reward: str | None = flag(help="evaluation counts as right what it gives at least 1 (default: the first --reward)")
+    eval_reward: str | None = flag(help="reward of the evaluation: at least 1 means right (default: the first --reward)")
     save_every: int = flag(0, "steps between checkpoints; 0: none", at_least=0)
-    keep_checkpoints: int = flag(2, "checkpoints kept", at_least=1)
+    keep_checkpoints: int = flag(2, "how many of the newest checkpoints to keep", at_least=1)
     output_dir: str | None = flag(help="the run's folder (default: a new one under runs/)")
-    resume: str | None = flag(help="the folder of a run to go on with")
+    resume: str | None = flag(help="the folder of a run to continue")
     log_samples: int = flag(4, "completions in the table of samples", at_least=0)
 
     __post_init__ = common.check_args  # fills in the defaults that depend on the model, and checks bounds and choices
 
 
 def check_flags(args: Args):
-    """Refuses flags that would do nothing, and a --kl-horizon with which beta could become negative."""
+    """Refuses flags that would do nothing, and a --kl-horizon so short that beta could become negative."""
     if args.critic_model and args.baseline == "none":
         raise common.UserError("--critic-model: with --baseline none there is no critic")
     batch = args.prompts_per_step * args.samples_per_prompt
@@ -146,13 +146,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 def whiten(x: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """(x - mean) / sqrt(variance + 1e-8) under the mask, 0 elsewhere and where all x are equal."""
-    differs = variance > (1e-6 * mean).square()  # else equal but for rounding, which would be blown up
+    differs = variance > (1e-6 * mean).square()  # else equal up to rounding, which would be amplified
     return (x - mean) * torch.rsqrt(variance + 1e-8) * differs * mask
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """rho = pi / pi_old of each token: (B, C)."""
-    return (logprobs - old_logprobs).clamp(-20, 20).exp()  # else a token of a policy that runs away overflows exp
+    return (logprobs - old_logprobs).clamp(-20, 20).exp()  # keeps exp finite if the policy diverges
 
 
 def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -161,9 +161,9 @@ def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high
 
 
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """min(pi_old / pi_sampler, cap) where the sampler computes in lower precision than the trainer: (B, C), no gradient.
+    """min(pi_old / pi_sampler, cap) for a sampler in lower precision than the trainer: (B, C), no gradient.
 
-    Truncated importance sampling: what was drawn from pi_sampler counts as if pi_old had drawn it.
+    Truncated importance sampling: weights tokens drawn from pi_sampler as if pi_old had drawn them.
     """
     return (old_logprobs - sampler_logprobs).clamp(-20, 20).exp().clamp(max=cap).detach()
 
@@ -176,7 +176,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: 
 
 def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k1") -> Tensor:
     """Estimate of KL(pi || other) at tokens sampled from pi, (B, C): k1 = log pi - log other, k2 = k1^2 / 2,
-    k3 = exp(-k1) + k1 - 1. k1 and k3 are unbiased; k3 is never negative and varies less while the policies are near."""
+    k3 = exp(-k1) + k1 - 1. k1 and k3 are unbiased; k3 is never negative and varies less while pi is near other."""
     k1 = logprobs - other_logprobs
     if estimator == "k3":  # eq. 4 of arXiv:2402.03300
         k1 = k1.clamp(-20, 20)
@@ -185,17 +185,17 @@ def kl_estimate(logprobs: Tensor, other_logprobs: Tensor, estimator: str = "k1")
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, batch: int, horizon: float) -> float:
-    """Proportional control of beta, section 2.2 of arXiv:1909.08593: up where the sequences' KL is above the target.
+    """Proportional control of beta, section 2.2 of arXiv:1909.08593: raised if the KL per sequence is above the target.
 
-    `batch` is the number of completions a step. Where the paper multiplies the error by 0.1, its authors' code has
-    batch / horizon.
+    `batch` is the number of completions in a step. The paper multiplies the error by 0.1, its authors' code by
+    batch / horizon, as here.
     """
     error = 0.0 if math.isnan(kl) else min(max(kl / target - 1, -0.2), 0.2)  # NaN: no completion has a score
     return kl_coef * (1 + error * batch / horizon)
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Where the clip of the surrogate binds, so that a token gets no gradient: (B, C) of 0 and 1."""
+    """1 where the clip of the surrogate binds, so that the token gets no gradient, else 0: (B, C)."""
     return (((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))).float()
 
 
@@ -205,7 +205,7 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
 
 
 def main(args: Args) -> int:
-    # ---- Set-up: what can be wrong without a model is found before one loads ----
+    # ---- Set-up: all that can be checked without a model is checked before one loads ----
     check_flags(args)
     run = common.Run(args)
     G = args.samples_per_prompt
@@ -213,19 +213,19 @@ def main(args: Args) -> int:
     train_rows, eval_rows = common.load_train_and_eval_rows(args, rewards, eval_reward)
     tokenizer, config = common.load_tokenizer_and_config(args)
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
-    prompt_stream = common.PromptStream(train_prompts, args.seed)  # every epoch in a new random order
-    if args.critic_model:  # a wrong one is told before the policy loads
+    prompt_stream = common.PromptStream(train_prompts, args.seed)  # each epoch in a new random order
+    if args.critic_model:  # checked before the policy loads
         critic_config = common.load_config(args.critic_model, "--critic-model", args)
         common.check_model_takes(train_prompts + eval_prompts, args, critic_config, f"--critic-model {args.critic_model}")
     policy, end_ids = common.load_policy(args, run, tokenizer)
-    # What changes the model's layers belongs here: the reference and, in bfloat16, the sampler are copies of it.
+    # Changes to the policy's layers belong here: the reference and, in bfloat16 or with other processes, the sampler copy it.
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None
     critic = common.shard(run, common.load_critic(args, run, policy)) if args.baseline == "critic" else None
     sampler = common.Sampler(
         policy, end_ids, args.temperature, args.max_new_tokens, run.compute_dtype, own_copy=run.world > 1
     )
     common.check_model(run, policy, sampler, tokenizer)
-    common.shard(run, policy)  # between the processes; nothing to do for one
+    common.shard(run, policy)  # between the processes; does nothing if there is one
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
@@ -240,7 +240,7 @@ def main(args: Args) -> int:
     if args.compile:
         common.compile_layers(policy, reference, sampler.model, critic)
     run.open_folder(state["step"])
-    if not args.resume or "unlogged" in state:  # before the first step, and after one whose evaluation has failed
+    if not args.resume or "unlogged" in state:  # before the first step, and after a step whose evaluation failed
         sampler.refresh(policy)
         metrics = state.pop("unlogged", {}) | common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(state["step"], metrics)
@@ -249,15 +249,15 @@ def main(args: Args) -> int:
 
     for step in run.steps(state["step"] + 1):
         means = common.Means()
-        lr_share = common.learning_rate_share(args, step)  # of the peak, 0 to 1
+        lr_share = common.learning_rate_share(args, step)  # share of the peak learning rate, 0 to 1
         common.set_learning_rate(optimizer, lr_share)
 
         # ---- Rollout: G completions of each of N prompts ----
         run.phase("rollout")
-        sampler.refresh(policy)  # has a copy of it in bfloat16 (as on GPUs) or beside other processes, else the policy itself
+        sampler.refresh(policy)  # copies the weights in bfloat16 (as on GPUs) or with several processes; else shares them
         own_prompts = run.own_part(prompt_stream.next(args.prompts_per_step))
-        step_prompts = [prompt for prompt in own_prompts for _ in range(G)]  # one for each completion: B
-        # A random number for each token (B, C), fixed by seed, step, purpose (0) and sequence, not by batches or processes.
+        step_prompts = [prompt for prompt in own_prompts for _ in range(G)]  # one prompt for each completion: B
+        # One random number per token (B, C); depends on seed, step, purpose (0) and sequence, not on batches or processes.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
         # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         rollout = sampler.sample([prompt.ids for prompt in own_prompts], G, uniforms)
@@ -274,8 +274,8 @@ def main(args: Args) -> int:
         if reference is not None:
             rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
-        # ---- Reward: the score on the last token (or token by token), less the KL on every token ----
-        rollout.leave_out(rollout.scores.isnan())  # no reward function applies to these: they count nowhere
+        # ---- Reward: the score on the last token (or token by token), minus the KL on every token ----
+        rollout.leave_out(rollout.scores.isnan())  # completions to which no reward function applies count nowhere
         mask = rollout.completion_mask  # (B, C)
         rollout.old_logprobs = common.old_logprobs(run, sampler, policy, rollout)  # (B, C)
         if not scores.has_lists:
@@ -290,29 +290,29 @@ def main(args: Args) -> int:
         # ---- Advantage: better or worse than the critic expected ----
         run.phase("values")
         rollout.values = common.values_without_gradient(run, critic, rollout) if critic else torch.zeros_like(token_rewards)
-        lam = args.gae_lambda if critic else 1.0  # without a critic an advantage is the whole return
+        lam = args.gae_lambda if critic else 1.0  # without a critic the advantage is the whole return
         rollout.advantages = gae(token_rewards, rollout.values, mask, args.gamma, lam)  # (B, C)
         rollout.returns = rollout.advantages + rollout.values
         if critic and args.whiten_advantages:
             mean, variance = common.mean_and_variance(run, rollout.advantages, mask)
             rollout.advantages = whiten(rollout.advantages, mask, mean, variance)
 
-        # ---- Update: several epochs of minibatches, each one optimiser step ----
+        # ---- Update: epochs of minibatches; each minibatch is one optimiser step ----
         run.phase("update")
         for epoch in range(args.update_epochs):
-            for groups in run.minibatches(step * args.update_epochs + epoch, len(rollout) // G):  # prompts, by index
-                # Whole groups, so that each prompt runs through the model once.
+            for groups in run.minibatches(step * args.update_epochs + epoch, len(rollout) // G):  # indices of prompts
+                # A minibatch has whole groups, so that each prompt runs through the model once.
                 minibatch = rollout.select((groups[:, None] * G + torch.arange(G)).flatten())
-                # Counts of the whole minibatch: what `loss_of` gives for its parts adds up to its loss, however it is split.
+                # Counts of the whole minibatch: the losses of its micro-batches then add up to its loss, however it is split.
                 tokens = run.sum(minibatch.lengths.sum())[0]
 
-                def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; what it returns is summed
+                def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; the results are summed
                     mask = batch.completion_mask  # (b, C)
                     logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
                     ratio = policy_ratio(logprobs, batch.old_logprobs)  # (b, C)
                     loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
                     clipped = is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high)
-                    if args.tis_cap and not sampler.is_exact:  # is_exact: it samples in float32
+                    if args.tis_cap and not sampler.is_exact:  # is_exact: the sampler computes in float32
                         loss = loss * importance_weights(batch.old_logprobs, batch.sampler_logprobs, args.tis_cap)
                     means.add("losses/policy_loss", loss, mask)
                     means.add("losses/entropy", entropy, mask)
@@ -330,11 +330,11 @@ def main(args: Args) -> int:
                 common.accumulate_gradients(run, loss_of, minibatch, learners, means)
                 means.add("losses/grad_norm", common.clip_and_step(run, learners, optimizer))
 
-        # ---- Log, evaluate, save: `means` average over the step, `metrics` are its single numbers ----
+        # ---- Log, evaluate, save: `means` holds averages over the step, `metrics` single numbers ----
         if critic is not None:
             residual = common.mean_and_variance(run, rollout.returns - rollout.values, mask)[1]
             mean, variance = common.mean_and_variance(run, rollout.returns, mask)
-            variance = torch.where(variance > (1e-6 * mean).square(), variance, math.nan)  # equal returns, but for rounding
+            variance = torch.where(variance > (1e-6 * mean).square(), variance, math.nan)  # NaN: equal up to rounding
             means.add("losses/explained_variance", 1 - residual / variance)
         if reference is not None:
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
@@ -346,7 +346,7 @@ def main(args: Args) -> int:
         if args.kl_target is not None and reference is not None:
             kl_seq, batch = metrics["objective/kl_seq"], args.prompts_per_step * G
             state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_seq, args.kl_target, batch, args.kl_horizon)
-        # Where a resumed run goes on.
+        # From here a resumed run continues.
         state |= {"step": step, "position": prompt_stream.position, "prompts": prompt_stream.digest}
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
