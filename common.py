@@ -161,6 +161,8 @@ def parse_args(Args, argv=None):
             forms = {f"--no-{f.name.replace('_', '-')}", f"--no_{f.name}"}
             parser.add_argument(*sorted(forms), dest=f.name, action="store_false", help=argparse.SUPPRESS)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # Python before 3.14 takes -1e-3 for a flag
+    for action in parser._actions:  # help and errors name one form of each flag
+        action.option_strings = [form for form in action.option_strings if "_" not in form]
     parser.parse_args(argv)  # answers --help, which shows the defaults
     for action in parser._actions:
         action.default = argparse.SUPPRESS

@@ -854,7 +854,8 @@ def test_bad_input_in_a_process_of_its_own(with_files):
 
 
 @pytest.mark.parametrize("module", [grpo, ppo], ids=["grpo", "ppo"])
-def test_help_names_every_flag(script, capsys, module):
+def test_help_names_every_flag_in_one_form(script, capsys, module):
     assert script("--help", module=module) == 0
     text = capsys.readouterr().out
     assert all("--" + field.name.replace("_", "-") in text for field in dataclasses.fields(module.Args))
+    assert not re.search(r"--\w+_", text)
