@@ -132,6 +132,11 @@ class OneLineParser(HfArgumentParser):
     def error(self, message):
         raise UserError(message)
 
+    def format_help(self):
+        for action in self._actions:  # of --group-size and --group_size, which are both accepted, it shows the first
+            action.option_strings = [form for form in action.option_strings if "_" not in form]
+        return super().format_help()
+
 
 # Flags that --resume may change: the course of training depends on none of them.
 RESUME_MAY_CHANGE = {
@@ -161,8 +166,6 @@ def parse_args(Args, argv=None):
             forms = {f"--no-{f.name.replace('_', '-')}", f"--no_{f.name}"}
             parser.add_argument(*sorted(forms), dest=f.name, action="store_false", help=argparse.SUPPRESS)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # Python before 3.14 takes -1e-3 for a flag
-    for action in parser._actions:  # help and errors name one form of each flag
-        action.option_strings = [form for form in action.option_strings if "_" not in form]
     parser.parse_args(argv)  # answers --help, which shows the defaults
     for action in parser._actions:
         action.default = argparse.SUPPRESS
