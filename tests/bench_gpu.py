@@ -6,26 +6,31 @@
 
 Parts, the most wanted first; what the time does not allow is named as not run. `machine` measures the rate of a large
 bfloat16 matrix product and the bandwidth of a large copy (bytes read and written). `checks` compares a small model on
-the GPU with float64 on the CPU, while `tests` and `tests-compiled` run the test suite's GPU part. `decode` counts
+the GPU with float64 on the CPU, while `tests` runs the test suite's GPU part. `decode` counts
 tokens a second for the shapes of Qwen2.5 with random weights, eight rows a prompt, against the floor of memory traffic:
 weights and every row's used cache, read once a step at the copy's bandwidth. (A prompt that rows share is read once for
 all of them, so this floor can be passed.) `generate` is transformers' own. `grpo-…`, `ppo-…` are whole steps of the
 scripts: prompts of 256 tokens, 32 x 8 completions of 512 (or fewer, with end tokens). `…-compiled` is the same with
---compile. `trl` is TRL's step on the same.
+--compile, `…-half` with half as many tokens in a micro-batch. `trl` is TRL's step on the same.
 
 Each part runs in a process of its own with a time limit: what fails or hangs is named in the table, and the rest goes on.
+While one part runs, the process of the next imports what it needs and writes its model's files, on a few CPU cores and
+without the GPU, and waits for its turn.
 MFU counts what the update must compute: 6 operations for each weight of a matrix and token, the vocabulary's only for
 completion tokens, a shared prompt once, and attention to the tokens before; nothing that is computed twice.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import functools
 import gc
+import importlib
 import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -33,6 +38,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +140,8 @@ def guarded(results, what):
         torch.cuda.reset_peak_memory_stats()
 
 
-HOW = ("", "compiled, ")  # without --compile and with it, in the names of rows
+COMPILED, GEOMETRIC = "compiled, ", "geometric lengths, "  # in the names of rows
+HOW = ("", COMPILED)  # without --compile and with it
 
 
 def ratios(faster):
@@ -176,30 +183,49 @@ def build_model(shape: Shape, device, attention="flat_row", dtype=torch.float32)
     return model.eval()
 
 
-def build_folder(folder: Path, shape: Shape, sizes: Sizes, ends="never"):
-    """Model, tokenizer, prompts and reward as files, as a user would have them."""
+def build_folder(folder: Path, shape: Shape, sizes: Sizes):
+    """Model, tokenizer, prompts and reward as files, as a user would have them; all parts of a shape read the same ones."""
     import tokenizers
     import transformers
 
-    model = build_model(shape, sizes.device, dtype=torch.bfloat16)
-    # With random weights all tokens are about equally likely, so the number of end tokens sets the lengths.
+    if folder.exists():
+        return
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+        unfinished = Path(unfinished)
+        model = build_model(shape, "cpu", dtype=torch.bfloat16)
+        model.generation_config = transformers.GenerationConfig(eos_token_id=END, pad_token_id=END)
+        model.save_pretrained(unfinished / "model")
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(shape.vocabulary)}, unk_token="w1"))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{END}", pad_token=f"w{END}")
+        tokenizer.save_pretrained(unfinished / "model")
+        prompts = torch.randint(1, shape.vocabulary, (16 * sizes.prompts, sizes.prompt_tokens)).tolist()
+        lines = (json.dumps({"prompt": " ".join(f"w{i}" for i in ids)}) for ids in prompts)
+        (unfinished / "prompts.jsonl").write_text("\n".join(lines))
+        reward = "def spread(completions, **_):\n    return [i % 8 / 8 for i in range(len(completions))]\n"
+        (unfinished / "rewards.py").write_text(reward)
+        with contextlib.suppress(OSError):  # another part's process has been faster
+            unfinished.rename(folder)
+
+
+def end_at_many_tokens(model: Path, shape: Shape, sizes: Sizes):
+    """Let the completions of the model in this folder end early: lengths become geometric.
+
+    With random weights all tokens are about equally likely, so the number of end tokens sets the lengths.
+    """
+    import transformers
+
+    (model / "generation_config.json").unlink()  # perhaps a link to another folder's
     some = list(range(END, shape.vocabulary, ENDS_EVERY if sizes.device == "cuda" else 16))
-    model.generation_config = transformers.GenerationConfig(eos_token_id=some if ends == "geometric" else END, pad_token_id=END)
-    model.save_pretrained(folder / "model")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(shape.vocabulary)}, unk_token="w1"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{END}", pad_token=f"w{END}")
-    tokenizer.save_pretrained(folder / "model")
-    prompts = torch.randint(1, shape.vocabulary, (16 * sizes.prompts, sizes.prompt_tokens)).tolist()
-    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": " ".join(f"w{i}" for i in ids)}) for ids in prompts))
-    (folder / "rewards.py").write_text("def spread(completions, **_):\n    return [i % 8 / 8 for i in range(len(completions))]\n")
+    transformers.GenerationConfig(eos_token_id=some, pad_token_id=END).save_pretrained(model)
 
 
-def tokenizer_of(folder):
+def tokenizer_of(model: Path):
     """For a folder with a Qwen2 model AutoTokenizer would make Qwen2's own tokenizer of this one."""
     import transformers
 
-    return transformers.PreTrainedTokenizerFast.from_pretrained(f"{folder}/model")
+    return transformers.PreTrainedTokenizerFast.from_pretrained(model)
 
 
 # =============================================================================
@@ -333,17 +359,28 @@ def check_distribution(results, sizes):
         )  # fmt: skip
 
 
-def tests(results, sizes, options, compiled=False):
-    """The GPU part of the test suite; building programs takes about as long as all the rest of it, so that is a part of its own."""
-    chosen = ("compiled" if compiled else "not [cpu and not compiled") if sizes.device == "cuda" else "halve_after"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "tests/test_kernels.py", "-k", chosen]
-    started = time.perf_counter()
-    process, last = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), "no output"
-    for line in process.stdout:  # printed as they come, so that a part that is killed has said what failed
-        print(line, end="", flush=True)
-        last = line.strip() or last
-    what = f"check: the test suite's GPU part{', compiled' * compiled}"
-    results.add(what, "ok" if process.wait() == 0 else "WRONG", more=f"{last}; {time.perf_counter() - started:.0f} s")
+def tests(results, sizes, options):
+    """The GPU part of the test suite, in processes side by side, since building programs takes most of the time."""
+    plain = "not compiled and not [cpu" if sizes.device == "cuda" else "halve_after"
+    kinds = {"test_cuda.py": plain, "test_kernels.py": plain}
+    if sizes.device == "cuda":
+        kinds |= {"test_cuda.py, compiled, float32": "compiled and not dtype1", "test_cuda.py, compiled, bfloat16": "compiled and dtype1"}
+    else:
+        del kinds["test_kernels.py"]
+
+    def run(kind):
+        file, chosen = f"tests/{kind.partition(',')[0]}", kinds[kind]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", chosen]
+        started = time.perf_counter()
+        process, last = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), "no output"
+        for line in process.stdout:  # printed as they come, so that a part that is killed has said what failed
+            print(line, end="", flush=True)
+            last = line.strip() or last
+        result = "ok" if process.wait() == 0 else "WRONG"
+        results.add(f"check: tests/{kind}", result, more=f"{last}; {time.perf_counter() - started:.0f} s")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(run, kinds))
 
 
 # =============================================================================
@@ -357,7 +394,7 @@ def decode(results, sizes, options, compiled=False):
         torch.compiler.reset()  # else what is compiled for the second shape has to fit both
         for context in sizes.contexts:
             for rows in sizes.rows[len(sizes.rows) // 2 :][:1] if compiled else sizes.rows:
-                what = f"decode {name}{', compiled' * compiled}, {rows} rows, context {context}"
+                what = f"decode {name}, {COMPILED * compiled}{rows} rows, context {context}"
                 with guarded(results, what):
                     model = model or build_model(shape, sizes.device)
                     decode_once(results, sizes, model, shape, rows, context, what, compiled)
@@ -439,35 +476,40 @@ def update_flops(shape: Shape, sizes: Sizes, mean_length: float, critic: bool):
     return (1 + critic) * body + 6 * shape.head_weights * sequences * C
 
 
-def flags_of(algorithm, folder: Path, sizes: Sizes, steps: int, options):
+def flags_of(algorithm, folder: Path, model: Path, output: Path, sizes: Sizes, steps: int, options, parts: int):
     flags = {
-        "model": folder / "model", "dataset": folder / "prompts.jsonl", "reward": f"{folder}/rewards.py:spread", "kl-coef": 0.01,
+        "model": model, "dataset": folder / "prompts.jsonl", "reward": f"{folder}/rewards.py:spread", "kl-coef": 0.01,
         "prompts-per-step": sizes.prompts, "max-prompt-tokens": sizes.prompt_tokens, "max-new-tokens": sizes.max_new_tokens,
         "steps": steps, "update-epochs": 1, "num-minibatches": 1, "eval-every": 0, "eval-prompts": 1, "log-samples": 0,
-        "micro-batch-tokens": options.micro_batch_tokens // (2 if algorithm == "ppo" else 1),  # PPO trains two models
-        "output-dir": folder / f"run-{algorithm}", "device": sizes.device,
+        "micro-batch-tokens": options.micro_batch_tokens // (2 if algorithm == "ppo" else 1) // parts,  # PPO trains two models
+        "output-dir": output, "device": sizes.device,
         ("group-size" if algorithm == "grpo" else "samples-per-prompt"): sizes.group,
     }  # fmt: skip
     return [str(x) for name, value in flags.items() for x in (f"--{name}", value)] + options.flags.split()
 
 
-def whole_steps(algorithm, results, sizes, options, name, shape, ends, flags):
+def whole_steps(results, sizes, options, algorithm, name, kind, flags, parts):
+    """Steps of a script on the shape `name`. kind: what the row says of it, with a comma; parts: of a default micro-batch."""
     import common
     import grpo
     import ppo
 
-    script, metrics = {"grpo": grpo, "ppo": ppo}[algorithm], []
-    log, save, load = common.Run.log, common.save_final, common.load_tokenizer
-    with tempfile.TemporaryDirectory() as folder:
-        build_folder(Path(folder), shape, sizes, ends)
+    script, metrics, shape = {"grpo": grpo, "ppo": ppo}[algorithm], [], sizes.shapes[name]
+    log, save, load, folder = common.Run.log, common.save_final, common.load_tokenizer, folder_of(results, name)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        model = folder / "model"
+        if kind == GEOMETRIC:
+            model = Path(shutil.copytree(model, Path(own) / "model", copy_function=os.link))
+            end_at_many_tokens(model, shape, sizes)
         count = sizes.steps if shape is sizes.shapes["0.5B"] else 2
+        argv = flags_of(algorithm, folder, model, Path(own) / "run", sizes, count, options, parts) + [*flags]
         try:
             common.Run.log = lambda run, step, numbers: metrics.append(
                 {k: float(v) for k, v in numbers.items()} | {"micro_batch_tokens": run.micro_batch_tokens}  # halved where memory ends
             )
             common.save_final = lambda *_: None  # gigabytes that nobody reads
-            common.load_tokenizer = lambda *_: tokenizer_of(folder)
-            script.main(common.parse_args(script.Args, flags_of(algorithm, Path(folder), sizes, count, options) + flags))
+            common.load_tokenizer = lambda *_: tokenizer_of(model)
+            script.main(common.parse_args(script.Args, argv))
         finally:
             common.Run.log, common.save_final, common.load_tokenizer = log, save, load
     steps = [m for m in metrics if "perf/update_seconds" in m][1:]
@@ -479,16 +521,9 @@ def whole_steps(algorithm, results, sizes, options, name, shape, ends, flags):
     memory = max(m["perf/peak_memory_gb"] for m in steps)
     parts = ", ".join(f"{p} {s:.2f}" for p, s in seconds.items() if s)
     results.add(
-        f"{algorithm} {name}, {f'ends {ends}, ' * (ends != 'never')}{'compiled, ' * bool(flags)}step, mean length {length:.0f}", f"{total:.2f} s", f"{tokens:,.0f} tokens/s", f"update MFU {mfu:.0%}",
+        f"{algorithm} {name}, {kind}step, mean length {length:.0f}", f"{total:.2f} s", f"{tokens:,.0f} tokens/s", f"update MFU {mfu:.0%}",
         f"{parts}; {memory:.1f} GB, {steps[-1]['micro_batch_tokens']:,} tokens at once", seconds=total, mfu=mfu, memory=memory, phases=seconds,
     )  # fmt: skip
-
-
-def training(algorithm, name, ends="never", flags=()):
-    def part(results, sizes, options):
-        whole_steps(algorithm, results, sizes, options, name, sizes.shapes[name], ends, [*flags])
-
-    return part
 
 
 def trl(results, sizes, options):
@@ -496,29 +531,33 @@ def trl(results, sizes, options):
     import datasets
     import trl
 
-    name, shape = next(iter(sizes.shapes.items()))
-    calls = []
+    class Measured(Exception):
+        pass
+
+    name, calls = "0.5B", []
 
     def reward(completions, **_):
         wait(sizes.device)
         calls.append(time.perf_counter())
+        if len(calls) == 3:  # the second call to the third is a whole step after the one that warms up
+            raise Measured
         return [i % 8 / 8 for i in range(len(completions))]
 
-    with tempfile.TemporaryDirectory() as folder:
-        build_folder(Path(folder), shape, sizes)
-        rows = [json.loads(line) for line in (Path(folder) / "prompts.jsonl").read_text().splitlines()]
-        micro_batch = min(16, sizes.prompts * sizes.group)
+    folder = folder_of(results, name)
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    micro_batch = min(16, sizes.prompts * sizes.group)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
         config = trl.GRPOConfig(
-            output_dir=f"{folder}/trl", per_device_train_batch_size=micro_batch, num_generations=sizes.group, beta=0.01,
+            output_dir=own, per_device_train_batch_size=micro_batch, num_generations=sizes.group, beta=0.01,
             gradient_accumulation_steps=sizes.prompts * sizes.group // micro_batch, max_completion_length=sizes.max_new_tokens,
             max_steps=3, num_iterations=1, learning_rate=1e-6, bf16=sizes.device == "cuda", use_cpu=sizes.device == "cpu",
             gradient_checkpointing=False, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
             model_init_kwargs={"dtype": "float32"},
         )  # fmt: skip
-        dataset = datasets.Dataset.from_list(rows)
-        tokenizer = tokenizer_of(folder)
-        trl.GRPOTrainer(f"{folder}/model", reward, config, dataset, processing_class=tokenizer).train()
-    seconds = statistics.median(after - before for before, after in zip(calls[1:], calls[2:]))
+        dataset, tokenizer = datasets.Dataset.from_list(rows), tokenizer_of(folder / "model")
+        with contextlib.suppress(Measured):
+            trl.GRPOTrainer(f"{folder}/model", reward, config, dataset, processing_class=tokenizer).train()
+    seconds = calls[2] - calls[1]
     ours = {how: results.number("seconds", f"grpo {name}, {how}step") for how in HOW}
     share = ratios({how: seconds / own for how, own in ours.items() if own})
     memory = torch.cuda.max_memory_allocated() / 1e9 if sizes.device == "cuda" else 0.0
@@ -529,16 +568,43 @@ def trl(results, sizes, options):
 # The parts, each in a process of its own
 # =============================================================================
 
-# name: (function, limit in seconds), the most wanted first, since what the budget does not reach is left out
+SCRIPTS = ("grpo", "ppo", "transformers.models.qwen2.modeling_qwen2", "torch.utils.tensorboard")  # what takes long to import
+HAS_TRL = importlib.util.find_spec("trl") is not None
+
+
+@dataclass
+class Part:
+    function: Callable
+    limit: float  # seconds
+    imports: tuple = ()  # what takes long to import
+    shape: str = ""  # whose files it reads
+
+
+def training(algorithm, name, limit, kind="", flags=(), parts=1):
+    """A part with whole steps; the arguments are those of `whole_steps`."""
+    function = functools.partial(whole_steps, algorithm=algorithm, name=name, kind=kind, flags=flags, parts=parts)
+    return Part(function, limit, SCRIPTS + ("torch._inductor.compile_fx",) * (kind == COMPILED), name)
+
+
+# The most wanted first, since what the budget does not reach is left out.
 PARTS = {
-    "machine": (machine, 60), "checks": (checks, 90), "tests": (tests, 180), "tests-compiled": (functools.partial(tests, compiled=True), 180),
-    "decode-compiled": (functools.partial(decode, compiled=True), 120), "grpo-0.5B-compiled": (training("grpo", "0.5B", flags=["--compile"]), 150),
-    "generate": (generate, 90), "trl": (trl, 150), "grpo-1.5B-compiled": (training("grpo", "1.5B", flags=["--compile"]), 170),
-    "grpo-0.5B": (training("grpo", "0.5B"), 100), "decode": (decode, 120), "ppo-1.5B": (training("ppo", "1.5B"), 150),
-    "ppo-0.5B": (training("ppo", "0.5B"), 100), "grpo-1.5B": (training("grpo", "1.5B"), 120),
-    "grpo-0.5B-geometric": (training("grpo", "0.5B", "geometric"), 90),
-}  # fmt: skip
-SIDE_BY_SIDE = {"checks", "tests", "tests-compiled"}  # which time nothing
+    "machine": Part(machine, 60),
+    "checks": Part(checks, 90, SCRIPTS),
+    "tests": Part(tests, 150),
+    "decode-compiled": Part(functools.partial(decode, compiled=True), 120, (*SCRIPTS, "torch._inductor.compile_fx")),
+    "grpo-0.5B-compiled": training("grpo", "0.5B", 150, COMPILED, ["--compile"]),
+    "generate": Part(generate, 90, SCRIPTS),
+    "trl": Part(trl, 150, ("trl", "datasets") if HAS_TRL else (), "0.5B"),
+    "grpo-1.5B-compiled": training("grpo", "1.5B", 170, COMPILED, ["--compile"]),
+    "grpo-0.5B": training("grpo", "0.5B", 100),
+    "ppo-1.5B": training("ppo", "1.5B", 150),
+    "ppo-0.5B": training("ppo", "0.5B", 100),
+    "decode": Part(decode, 120, SCRIPTS),
+    "grpo-0.5B-half": training("grpo", "0.5B", 100, "half micro-batches, ", parts=2),
+    "grpo-1.5B": training("grpo", "1.5B", 120),
+    "grpo-0.5B-geometric": training("grpo", "0.5B", 90, GEOMETRIC),
+}
+SIDE_BY_SIDE = {"checks", "tests"}  # which time nothing
 
 
 def table(rows):
@@ -547,34 +613,85 @@ def table(rows):
     return "\n".join(lines + ["| " + " | ".join(str(row[name]).replace("|", "/") for name in names) + " |" for row in rows])
 
 
+def folder_of(results, name) -> Path:
+    """Where the files of the shape `name` are, for all parts."""
+    return results.path.with_suffix(".folders") / name
+
+
+def prepare(part, results, sizes):
+    """Do what needs no GPU, while other parts use it: on few cores, and without touching it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, 4))
+    for module in part.imports:
+        importlib.import_module(module)
+    if part.shape:
+        build_folder(folder_of(results, part.shape), sizes.shapes[part.shape], sizes)
+    torch.set_num_threads(threads)
+
+
 def run_part(name, results, options):
-    sizes = DRY if options.dry_run else FULL
-    if name == "trl" and importlib.util.find_spec("trl") is None:
+    sizes, part = DRY if options.dry_run else FULL, PARTS[name]
+    if name == "trl" and not HAS_TRL:
         return results.add("trl", "not installed")
     if sizes.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # as the scripts do
     with guarded(results, name):
-        PARTS[name][0](results, sizes, options)
+        prepare(part, results, sizes)
+        if options.child and not sys.stdin.readline():  # its turn has come, or all has ended
+            return
+        part.function(results, sizes, options)
 
 
-def run_in_processes(names, seconds, results):
-    """The parts `names` at the same time. What a part has started ends with it, and frees the GPU for the next ones."""
+def start(names):
+    """A process for each of these parts, which prepares and waits for its turn."""
     commands = {name: [sys.executable, __file__, "--child", name, *sys.argv[1:]] for name in names}
-    processes = {name: subprocess.Popen(command, start_new_session=True) for name, command in commands.items()}
+    return {
+        name: subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        for name, command in commands.items()
+    }
+
+
+def finish(processes, seconds, results):
+    """Let these parts run, at the same time, for so many seconds at most."""
     started = time.perf_counter()
+    for process in processes.values():
+        with contextlib.suppress(OSError):  # it has failed while it prepared
+            process.stdin.write("go\n")
+            process.stdin.flush()
+    for name, process in processes.items():
+        limit = min(seconds, PARTS[name].limit)
+        try:
+            if status := process.wait(max(limit - (time.perf_counter() - started), 0)):
+                results.add(name, "FAILED", more=f"exit status {status}", failed=True)
+        except subprocess.TimeoutExpired:
+            results.add(name, "stopped", more=f"after {limit:.0f} s", failed=True)
+    end(processes)
+
+
+def end(processes):
+    """What a part has started ends with it, and frees the GPU for the next ones."""
+    for process in processes.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_in_processes(groups, results, seconds_left):
+    """Groups of parts, one group after the other; the processes of the next one prepare meanwhile."""
+    running, following = {}, start(groups[0])
     try:
-        for name, process in processes.items():
-            limit = min(seconds, PARTS[name][1])
-            try:
-                if status := process.wait(max(limit - (time.perf_counter() - started), 0)):
-                    results.add(name, "FAILED", more=f"exit status {status}", failed=True)
-            except subprocess.TimeoutExpired:
-                results.add(name, "stopped", more=f"after {limit:.0f} s", failed=True)
+        for i, names in enumerate(groups):
+            running, left = following, seconds_left()
+            print(f"{', '.join(names)} ({left:.0f} s left)", flush=True)
+            following = start(groups[i + 1]) if i + 1 < len(groups) and left >= 20 else {}
+            if left >= 20:
+                finish(running, left, results)
+            else:
+                for name in [name for group in groups[i:] for name in group]:
+                    results.add(name, "not run", more="no time left of --budget-seconds")
+                break
     finally:  # also after Ctrl-C
-        for process in processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end(running | following)
 
 
 def main(options):
@@ -583,19 +700,21 @@ def main(options):
         return run_part(options.child, results, options)
     if not options.dry_run and not torch.cuda.is_available():
         sys.exit("bench_gpu.py: no CUDA GPU here (--dry-run runs at toy sizes on a CPU)")
-    results.path.unlink(missing_ok=True)
+    folders = results.path.with_suffix(".folders")
+    results.path.unlink(missing_ok=True), shutil.rmtree(folders, ignore_errors=True)  # of a run that was killed
     started = time.perf_counter()
-    for _, together in itertools.groupby(options.only, key=lambda name: "checks" if name in SIDE_BY_SIDE else name):
-        names, left = list(together), options.budget_seconds - (time.perf_counter() - started)
-        print(f"{', '.join(names)} ({left:.0f} s left)", flush=True)
-        if left < 20:
-            for name in names:
-                results.add(name, "not run", more="no time left of --budget-seconds")
-        elif options.dry_run and not options.processes:
-            for name in names:
+    try:
+        if options.dry_run and not options.processes:
+            for name in options.only:
+                print(name, flush=True)
                 run_part(name, results, options)
         else:
-            run_in_processes(names, left, results)
+            groups = itertools.groupby(options.only, key=lambda name: "checks" if name in SIDE_BY_SIDE else name)
+            run_in_processes(
+                [list(group) for _, group in groups], results, lambda: options.budget_seconds - (time.perf_counter() - started)
+            )
+    finally:
+        shutil.rmtree(folders, ignore_errors=True)
     rows = results.read()
     seconds = time.perf_counter() - started
     options.json.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "seconds": seconds, "rows": rows}, indent=1))
