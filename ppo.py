@@ -13,8 +13,9 @@ Papers: PPO arXiv:1707.06347; GAE arXiv:1506.02438; PPO for language models arXi
 Where this differs from the papers:
  1. The score sits on the last valid token: the end token, or the last one of a completion that was cut off. A cut-off
     completion is scored like any other; --truncation-penalty lowers its score.
- 2. The critic is a separate model with a scalar head that starts at 0; both models share one learning-rate schedule, and
-    the gradient of each is clipped to --max-grad-norm on its own.
+ 2. The critic is a separate model with a scalar head that starts at 0. Policy and critic share no weights, so their losses
+    are not added up as in the paper; they share one learning-rate schedule, and the gradient of each is clipped to
+    --max-grad-norm on its own.
  3. Truncated importance weights (--tis-cap) correct for a sampler in bfloat16.
  4. The learning rates decay linearly to 0.
  5. The old policy's log-probs are the sampler's if it computes in float32; else a separate pass computes them.
@@ -306,7 +307,7 @@ def main(args: Args) -> int:
                 # Counts of the whole minibatch: the losses of its micro-batches then add up to its loss, however it is split.
                 tokens = run.sum(minibatch.lengths.sum())[0]
 
-                def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; the results are summed
+                def policy_loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; the results are summed
                     mask = batch.completion_mask  # (b, C)
                     logprobs, entropy = common.completion_logprobs(policy, batch, args.temperature, with_entropy=True)
                     ratio = policy_ratio(logprobs, batch.old_logprobs)  # (b, C)
@@ -318,16 +319,21 @@ def main(args: Args) -> int:
                     means.add("losses/entropy", entropy, mask)
                     means.add("losses/approx_kl", kl_estimate(batch.old_logprobs, logprobs, "k3"), mask)
                     means.add("losses/clipfrac", clipped, mask)
-                    if critic is not None:
-                        values = common.completion_values(critic, batch)  # (b, C)
-                        v_loss = value_loss(values, batch.values, batch.returns, args.value_clip)
-                        v_clipped = v_loss > 0.5 * (values - batch.returns).square()  # these values get no gradient
-                        means.add("losses/value_loss", v_loss, mask)
-                        means.add("losses/vf_clipfrac", v_clipped, mask)
-                        loss = loss + args.value_coef * v_loss
                     return (loss * mask).sum() / max(tokens, 1)
 
-                common.accumulate_gradients(run, loss_of, minibatch, learners, means)
+                def critic_loss_of(batch: common.Rollout) -> Tensor:
+                    mask = batch.completion_mask  # (b, C)
+                    values = common.completion_values(critic, batch)  # (b, C)
+                    loss = value_loss(values, batch.values, batch.returns, args.value_clip)
+                    clipped = loss > 0.5 * (values - batch.returns).square()  # these values get no gradient
+                    means.add("losses/value_loss", loss, mask)
+                    means.add("losses/vf_clipfrac", clipped, mask)
+                    return args.value_coef * (loss * mask).sum() / max(tokens, 1)
+
+                # One model after the other, so that memory holds the activations of one at a time.
+                common.accumulate_gradients(run, policy_loss_of, minibatch, [policy], means)
+                if critic:
+                    common.accumulate_gradients(run, critic_loss_of, minibatch, [critic], means)
                 means.add("losses/grad_norm", common.clip_and_step(run, learners, optimizer))
 
         # ---- Log, evaluate, save: `means` holds averages over the step, `metrics` single numbers ----

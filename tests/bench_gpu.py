@@ -481,7 +481,7 @@ def flags_of(algorithm, folder: Path, model: Path, output: Path, sizes: Sizes, s
         "model": model, "dataset": folder / "prompts.jsonl", "reward": f"{folder}/rewards.py:spread", "kl-coef": 0.01,
         "prompts-per-step": sizes.prompts, "max-prompt-tokens": sizes.prompt_tokens, "max-new-tokens": sizes.max_new_tokens,
         "steps": steps, "update-epochs": 1, "num-minibatches": 1, "eval-every": 0, "eval-prompts": 1, "log-samples": 0,
-        "micro-batch-tokens": options.micro_batch_tokens // (2 if algorithm == "ppo" else 1) // parts,  # PPO trains two models
+        "micro-batch-tokens": options.micro_batch_tokens // parts,
         "output-dir": output, "device": sizes.device,
         ("group-size" if algorithm == "grpo" else "samples-per-prompt"): sizes.group,
     }  # fmt: skip

@@ -34,7 +34,7 @@ LARGE_STEPS = "--update-epochs 2 --num-minibatches 2 --learning-rate 0.03"  # so
 class Recorded:
     """Of a run: each pass of the loss over a minibatch, each whole rollout at the end of its step, what was logged and called."""
 
-    updates: list = dataclasses.field(default_factory=list)  # (minibatch, loss, log-probs (b, C), values (b, C) or None)
+    updates: list = dataclasses.field(default_factory=list)  # (minibatch, loss of all models, log-probs (b, C), values or None)
     rollouts: list = dataclasses.field(default_factory=list)
     metrics: list = dataclasses.field(default_factory=list)  # one dict a step
     calls: list = dataclasses.field(default_factory=list)  # of refresh, evaluate and clip_and_step, with arguments
@@ -48,12 +48,16 @@ def train(script, monkeypatch, tiny_folder, tmp_path):
     def call(module, flags):
         recorded, fresh = Recorded(), []
 
-        def update(run, loss_of, minibatch, *_):
+        def update(run, loss_of, minibatch, models, *_):
             fresh.clear()
             with torch.no_grad(), run.autocast():
                 loss = float(loss_of(minibatch))
-            values = fresh[1] if len(fresh) > 1 else None
-            recorded.updates.append((minibatch, loss, fresh[0][0], values))
+            if isinstance(models[0], common.Critic):  # whose turn comes after the policy's
+                policys, policy_loss, logprobs, _ = recorded.updates.pop()
+                assert policys is minibatch
+                recorded.updates.append((minibatch, policy_loss + loss, logprobs, fresh[0]))
+            else:
+                recorded.updates.append((minibatch, loss, fresh[0][0], None))
 
         def call_of(name):
             return lambda *args: recorded.calls.append((name, args))
