@@ -3166,10 +3166,15 @@ def import_file(path: str):
 
 
 def raised_at(error: BaseException, path: str | None) -> str:
-    """The file:line of the innermost frame in the file at path, else of the innermost one."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if path and os.path.abspath(frame.filename) == os.path.abspath(path)]
-    frame = (own or frames)[-1]
+    """The file:line of the innermost frame in the file at path, of the error or of one that led to it; else its innermost one."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    while path and error is not None:  # Python 3.10 shows in the error's context alone where a task was cancelled
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(path)]
+        if own:
+            frame = own[-1]
+            break
+        error = error.__context__
     return f"{frame.filename}:{frame.lineno}"
 
 
