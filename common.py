@@ -687,10 +687,15 @@ class Run:
         n, head = min(self.args.log_samples, len(prompts)), ["prompt", "completion", "score", *extra]
         rows = []
         for i in [part * len(prompts) // n for part in range(n)]:
-            cells = [prompts[i].prompt, completions[i], f"{scores[i].item():.3g}", *(column[i] for column in extra.values())]
+            prompt = prompts[i].prompt
+            if not isinstance(prompt, str):
+                prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+            cells = [prompt, completions[i], f"{scores[i].item():.3g}", *(column[i] for column in extra.values())]
             # Without line breaks, tabs and the commands that terminals obey, all of which a model may write.
             rows.append(["".join(c if c.isprintable() else " " for c in str(cell)) for cell in cells])
-        table = [[cell.replace("|", "\\|")[:500] for cell in row] for row in (head, ["---"] * len(head), *rows)]
+        # An answer stands at the end of a completion: of a long text the beginning and the end are logged.
+        short = [[cell if len(cell) <= 2000 else f"{cell[:1000]} ... {cell[-1000:]}" for cell in row] for row in rows]
+        table = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *short)]
         text = "\n".join(f"| {' | '.join(row)} |" for row in table)
         self.writer.add_text("completions/samples", utf8(text), step)
         if step == self.args.steps:

@@ -83,9 +83,13 @@ def test_table_of_samples_is_of_prompts_all_over_the_rollout(capsys):
     run, tables = helpers.make_run(steps=4, log_samples=3), []
     run.writer = types.SimpleNamespace(add_text=lambda tag, text, step: tables.append(text.splitlines()))
     prompts, extra = [common.Prompt([1], f"p{i}|", {}) for i in range(8)], {"note": list("abcdefgh")}
-    run.log_samples(3, prompts, ["c" * 999] * 8, torch.arange(8.0), extra)
+    prompts[2].prompt = [{"role": "system", "content": "a"}, {"role": "user", "content": "p2|"}]
+    completions = ["c"] * 5 + ["b" * 1000 + "c" * 9000 + "e" * 1000] * 3
+    run.log_samples(3, prompts, completions, torch.arange(8.0), extra)
     assert tables[0][0] == "| prompt | completion | score | note |" and capsys.readouterr().out == ""
-    assert tables[0][2:] == [f"| p{i}\\| | {'c' * 500} | {i} | {'abcdefgh'[i]} |" for i in (0, 2, 5)]
+    long = f"{'b' * 1000} ... {'e' * 1000}"
+    want = ["| p0\\| | c | 0 | a |", "| system: a user: p2\\| | c | 2 | c |", f"| p5\\| | {long} | 5 | f |"]
+    assert tables[0][2:] == want
     run.log_samples(4, prompts[:2], ["c", "d"], torch.arange(2.0), {})
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(tables[1]) == 2 + 2 and shown[1:] == [["0", "p0|", "c"], ["1", "p1|", "d"]]
