@@ -519,10 +519,10 @@ def whole_steps(results, sizes, options, algorithm, name, kind, flags, parts):
     tokens = sizes.prompts * sizes.group * length / total
     mfu = update_flops(shape, sizes, length, algorithm == "ppo") / seconds["update"] / matrix_rate(results, sizes)
     memory = max(m["perf/peak_memory_gb"] for m in steps)
-    parts = ", ".join(f"{p} {s:.2f}" for p, s in seconds.items() if s)
+    by_phase = ", ".join(f"{p} {s:.2f}" for p, s in seconds.items() if s)
     results.add(
         f"{algorithm} {name}, {kind}step, mean length {length:.0f}", f"{total:.2f} s", f"{tokens:,.0f} tokens/s", f"update MFU {mfu:.0%}",
-        f"{parts}; {memory:.1f} GB, {steps[-1]['micro_batch_tokens']:,} tokens at once", seconds=total, mfu=mfu, memory=memory, phases=seconds,
+        f"{by_phase}; {memory:.1f} GB, {steps[-1]['micro_batch_tokens']:,} tokens at once", seconds=total, mfu=mfu, memory=memory, phases=seconds,
     )  # fmt: skip
 
 
