@@ -327,7 +327,7 @@ def main(args: Args) -> int:
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
         run.phase("reference")
-        if reference is not None:
+        if reference:
             rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
         # ---- Advantage: better or worse than the rest of the group ----
@@ -375,7 +375,7 @@ def main(args: Args) -> int:
                     means.add("losses/entropy", entropy, mask)
                     means.add("losses/approx_kl", kl_estimate(old_logprobs, logprobs, "k3"), mask)
                     means.add("losses/clipfrac", clipped, mask)
-                    if reference is not None:
+                    if reference:
                         loss = loss + args.kl_coef * kl_estimate(logprobs, batch.ref_logprobs, args.kl_estimator)
                     return (loss * token_weights(args.loss, mask, sequences, tokens, args.max_new_tokens)).sum()
 
@@ -387,7 +387,7 @@ def main(args: Args) -> int:
         # ---- Log, evaluate, save: `means` holds averages over the step, `metrics` single numbers ----
         mask = rollout.completion_mask  # (B, C)
         means.add("reward/frac_zero_std", without_advantage(rollout.advantages, G))
-        if reference is not None:
+        if reference:
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
             k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
             means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))

@@ -272,7 +272,7 @@ def main(args: Args) -> int:
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
         run.phase("reference")
-        if reference is not None:
+        if reference:
             rollout.ref_logprobs = common.logprobs_without_gradient(run, reference, rollout)  # (B, C)
 
         # ---- Reward: the score on the last token (or token by token), minus the KL on every token ----
@@ -284,7 +284,7 @@ def main(args: Args) -> int:
         else:
             token_rewards, _ = common.dense_table(scores.dense, rollout)  # (B, C)
         token_rewards = token_rewards - on_last_token(args.truncation_penalty * rollout.truncated, mask)
-        if reference is not None:
+        if reference:
             kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, args.kl_estimator)  # (B, C)
             token_rewards = token_rewards - state["kl_coef"] * kl * mask
 
@@ -337,19 +337,19 @@ def main(args: Args) -> int:
                 means.add("losses/grad_norm", common.clip_and_step(run, learners, optimizer))
 
         # ---- Log, evaluate, save: `means` holds averages over the step, `metrics` single numbers ----
-        if critic is not None:
+        if critic:
             residual = common.mean_and_variance(run, rollout.returns - rollout.values, mask)[1]
             mean, variance = common.mean_and_variance(run, rollout.returns, mask)
             variance = torch.where(variance > (1e-6 * mean).square(), variance, math.nan)  # NaN: equal up to rounding
             means.add("losses/explained_variance", 1 - residual / variance)
-        if reference is not None:
+        if reference:
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
             k1 = kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k1")
             means.add("objective/kl_seq", (k1 * mask).sum(dim=1), mask.any(dim=1))
         means.add("objective/rlhf_reward", token_rewards.sum(dim=1), mask.any(dim=1))
         metrics = common.step_metrics(run, rollout, scores, means, learners)
         metrics |= {"objective/kl_coef": state["kl_coef"], "charts/learning_rate": lr_share * args.learning_rate}
-        if args.kl_target is not None and reference is not None:
+        if args.kl_target is not None:
             kl_seq, batch = metrics["objective/kl_seq"], args.prompts_per_step * G
             state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_seq, args.kl_target, batch, args.kl_horizon)
         # From here a resumed run continues.
