@@ -1066,7 +1066,7 @@ def completion_logprobs(model, batch: Rollout, temperature: float, with_entropy=
     """Log-probabilities of the completion tokens at `temperature`: (B, C) float32, 0 outside the mask, differentiable.
 
     With `with_entropy` also the entropies of the distributions, (B, C), differentiable, too. The vocabulary head runs on
-    the valid completion tokens only, for a range of the vocabulary at a time, so that no (B, T, V) tensor exists.
+    the valid completion tokens only, for a range of the vocabulary at a time, so that no (B, C, V) tensor exists.
 
     from_sampler: pass True only if `model` has not changed since it sampled `batch` in float32. The values are then the
     sampler's, and only their gradient is computed, which saves one of the four products with the vocabulary's weight.

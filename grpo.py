@@ -13,15 +13,14 @@ CISPO arXiv:2506.13585; KL estimators: Schulman, "Approximating KL divergence" (
 
 Where this differs from the papers:
  1. Standard deviations are of the sample (divided by G - 1), as in TRL and verl; 1e-4 is added to them, as in TRL.
- 2. With one update per rollout the old policy is the current one, so no separate pass computes the old log-probs. A
-    sampler in float32 has already recorded them: then the update computes only their gradient.
- 3. --kl-coef is 0.001 with every --loss. DeepSeekMath uses 0.04; Dr. GRPO, DAPO and CISPO use no KL (--kl-coef 0).
- 4. dapo and cispo divide by the number of tokens of an optimiser step; their papers by that of each prompt's group.
+ 2. --kl-coef is 0.001 with every --loss. DeepSeekMath uses 0.04; Dr. GRPO, DAPO and CISPO use no KL (--kl-coef 0).
+ 3. dapo and cispo divide by the number of tokens of an optimiser step; their papers by that of each prompt's group.
+ 4. --dynamic-sampling ends after --max-resamples rounds; DAPO goes on until no group has equal scores.
  5. Truncated importance weights (--tis-cap) correct for a sampler in bfloat16.
  6. The learning rate decays linearly to 0.
 
-Letters: N prompts a step, G completions a prompt, B = N G sequences (split between the
-processes; b in a micro-batch), C completion tokens. Column t of every (B, C) tensor is completion token t.
+Letters: N prompts per step, G completions per prompt, B = N G sequences (split between the processes; b in a micro-batch),
+C tokens in the longest completion. Column t of every (B, C) tensor is completion token t.
 """
 
 import math
@@ -54,17 +53,17 @@ class Args:
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0, at_most=1e9)
     # Sampling
     steps: int = flag(tiny=300, real=500, help="number of rollouts", at_least=1)
-    prompts_per_step: int = flag(32, "N, of all processes together", at_least=1)
+    prompts_per_step: int = flag(32, "N, prompts per rollout, over all processes", at_least=1)
     group_size: int = flag(8, "G, completions of each prompt", at_least=2)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
-    max_new_tokens: int = flag(tiny=5, real=512, help="C, maximum tokens of a completion", at_least=1)
+    max_new_tokens: int = flag(tiny=5, real=512, help="maximum tokens of a completion", at_least=1)
     temperature: float = flag(1.0, "divides the logits, in sampling and in all log-probs", at_least=1e-3)
     # Algorithm
     loss: str = flag("grpo", "member of the GRPO family", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
     advantage: str = flag(
-        "group", "divided by the standard deviation of group or batch, or leave-one-out", choices=["group", "batch", "rloo"]
+        "group", "minus the group's mean, over the std of group or batch; or leave-one-out", choices=["group", "batch", "rloo"]
     )
-    scale_rewards: bool | None = flag(help="divide by that standard deviation (default: yes; no for dr_grpo and rloo)")
+    scale_rewards: bool | None = flag(help="divide by that std (default: yes; no for dr_grpo and rloo)")
     clip_low: float | None = flag(
         help="for A < 0, ratios are clipped below 1 - this; inf: no clip (default: 0.2; gspo 3e-4, cispo inf)", at_least=0
     )
@@ -80,7 +79,7 @@ class Args:
     tis_cap: float = flag(2.0, "cap of the importance weights that correct for a bfloat16 sampler; 0: none", at_least=0)
     dynamic_sampling: bool = flag(False, "sample other prompts in place of those whose answers all score the same")
     max_resamples: int = flag(3, "maximum rounds of --dynamic-sampling in a step", at_least=1, at_most=8)
-    overlong_buffer: int = flag(0, "the last tokens before --max-new-tokens cost up to 1 point; 0: no penalty", at_least=0)
+    overlong_buffer: int = flag(0, "number of last tokens over which a penalty rises to 1 point; 0: no penalty", at_least=0)
     update_epochs: int = flag(tiny=2, real=1, help="passes over each rollout", at_least=1)
     num_minibatches: int = flag(tiny=2, real=1, help="optimiser steps in each pass", at_least=1)
     # Optimisation
@@ -129,9 +128,9 @@ def with_defaults_of_loss(args: Args) -> tuple[Args, dict[str, float | bool]]:
 def check_flags(args: Args):
     """Refuses flags that contradict each other."""
     if args.advantage == "rloo" and args.scale_rewards:
-        raise common.UserError("--scale-rewards: --advantage rloo divides by no spread")
+        raise common.UserError("--scale-rewards: --advantage rloo divides by no standard deviation")
     if args.advantage == "batch" and not args.scale_rewards:
-        raise common.UserError("--advantage batch is about the spread to divide by: add --scale-rewards")
+        raise common.UserError("--advantage batch names the standard deviation to divide by: add --scale-rewards")
     if args.loss == "cispo" and args.clip_low < math.inf:
         raise common.UserError("--clip-low: --loss cispo bounds the ratio from above only")
     if args.ref_refresh and not args.kl_coef:
@@ -184,7 +183,7 @@ def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, per_seque
 
 
 def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), eq. 7 of arXiv:1707.06347: (B, C), or (B, 1) if both are."""
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), eq. 7 of arXiv:1707.06347: (B, C), for gspo (B, 1)."""
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
@@ -305,20 +304,20 @@ def main(args: Args) -> int:
         run.phase("rollout")
         sampler.refresh(policy)  # copies the weights in bfloat16 (as on GPUs) or with several processes; else shares them
         own_prompts = run.own_part(prompt_stream.next(args.prompts_per_step))
-        step_prompts = [prompt for prompt in own_prompts for _ in range(G)]  # one prompt for each completion: B
-        # One random number per token (B, C); depends on seed, step, purpose (0) and sequence, not on batches or processes.
+        repeated_prompts = [prompt for prompt in own_prompts for _ in range(G)]  # one prompt for each completion: B
+        # One random number per token, (B, max_new_tokens): by seed, step, purpose (0) and sequence, not by batch or process.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
         # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         rollout = sampler.sample([prompt.ids for prompt in own_prompts], G, uniforms)
         texts, token_ids = common.decode(tokenizer, rollout)
 
-        # ---- Score: the only thing that the policy learns from ----
+        # ---- Score: what each completion is worth ----
         run.phase("reward")
         with common.checkpoint_on_error(run, models, optimizer, state):  # a reward function may fail
-            scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
+            scores = common.score(rewards, repeated_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
             if args.dynamic_sampling:
                 resampled = resample_equal_groups(
-                    run, sampler, tokenizer, prompt_stream, rewards, step, rollout, step_prompts, texts, token_ids, scores
+                    run, sampler, tokenizer, prompt_stream, rewards, step, rollout, repeated_prompts, texts, token_ids, scores
                 )
         rollout.scores = scores.total.to(run.device)  # (B,)
         if args.overlong_buffer:
@@ -332,6 +331,7 @@ def main(args: Args) -> int:
 
         # ---- Advantage: better or worse than the rest of the group ----
         rollout.leave_out(rollout.scores.isnan())  # completions to which no reward function applies count nowhere
+        mask = rollout.completion_mask  # (B, C)
         if not run.max(scores.has_lists):  # over all processes, since they compute batch_std together
             batch_std = common.mean_and_variance(run, rollout.scores, ~rollout.scores.isnan())[1].sqrt()  # for "batch" only
             rollout.advantages = group_advantages(rollout.scores, G, args.scale_rewards, args.advantage, batch_std)  # (B, 1)
@@ -355,9 +355,9 @@ def main(args: Args) -> int:
                 # Counts of the whole minibatch: the losses of its micro-batches then add up to its loss, however it is split.
                 sequences, tokens = run.sum((minibatch.lengths > 0).sum(), minibatch.lengths.sum())
 
-                def loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; the results are summed
+                def policy_loss_of(batch: common.Rollout) -> Tensor:  # called for each micro-batch; the results are summed
                     mask = batch.completion_mask  # (b, C)
-                    # A sampler in float32 (is_exact) already has these log-probs: then only their gradient is computed.
+                    # A sampler in float32 already has these log-probs: then only their gradient is computed.
                     logprobs, entropy = common.completion_logprobs(
                         policy, batch, args.temperature, with_entropy=True, from_sampler=on_policy and sampler.is_exact
                     )
@@ -369,7 +369,7 @@ def main(args: Args) -> int:
                     else:
                         loss = surrogate_loss(ratio, batch.advantages, args.clip_low, args.clip_high)
                         clipped = is_clipped(ratio, batch.advantages, args.clip_low, args.clip_high)
-                    if args.tis_cap and not sampler.is_exact:
+                    if args.tis_cap and not sampler.is_exact:  # is_exact: the sampler computes in float32
                         loss = loss * importance_weights(old_logprobs, batch.sampler_logprobs, args.tis_cap)
                     means.add("losses/policy_loss", loss, mask)
                     means.add("losses/entropy", entropy, mask)
@@ -379,13 +379,12 @@ def main(args: Args) -> int:
                         loss = loss + args.kl_coef * kl_estimate(logprobs, batch.ref_logprobs, args.kl_estimator)
                     return (loss * token_weights(args.loss, mask, sequences, tokens, args.max_new_tokens)).sum()
 
-                common.accumulate_gradients(run, loss_of, minibatch, [policy], means)
+                common.accumulate_gradients(run, policy_loss_of, minibatch, [policy], means)
                 means.add("losses/grad_norm", common.clip_and_step(run, [policy], optimizer))
         if args.ref_refresh and step % args.ref_refresh == 0:
             common.copy_weights(policy, reference)  # iterative GRPO, algorithm 1 of arXiv:2402.03300
 
         # ---- Log, evaluate, save: `means` holds averages over the step, `metrics` single numbers ----
-        mask = rollout.completion_mask  # (B, C)
         means.add("reward/frac_zero_std", without_advantage(rollout.advantages, G))
         if reference:
             means.add("objective/kl", kl_estimate(rollout.sampler_logprobs, rollout.ref_logprobs, "k3"), mask)
@@ -395,14 +394,14 @@ def main(args: Args) -> int:
         metrics |= {"objective/kl_coef": args.kl_coef, "charts/learning_rate": lr_share * args.learning_rate}
         if args.dynamic_sampling:
             metrics["reward/resampled_groups"] = run.sum(resampled)[0]
-        # From here a resumed run continues.
+        # What a resumed run continues from.
         state |= {"step": step, "position": prompt_stream.position, "prompts": prompt_stream.digest}
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
             with common.checkpoint_on_error(run, models, optimizer, state | {"unlogged": metrics}):
                 metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
-        run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)
+        run.log_samples(step, repeated_prompts, texts, rollout.scores, scores.extra)
         state["accuracy"] = metrics.get("eval/accuracy", math.nan)
         stopped = run.must_stop()
         if stopped or (args.save_every and step % args.save_every == 0):
@@ -434,11 +433,11 @@ def warn_of_process_supervision(run, rollout, scores):
 
 
 def resample_equal_groups(
-    run, sampler, tokenizer, prompt_stream, rewards, step, rollout, step_prompts, texts, token_ids, scores
+    run, sampler, tokenizer, prompt_stream, rewards, step, rollout, repeated_prompts, texts, token_ids, scores
 ):
     """DAPO's dynamic sampling, section 3.2 of arXiv:2503.14476: replaces groups whose scores are all equal.
 
-    Samples other prompts for them, in at most --max-resamples rounds. Changes `rollout`, `step_prompts`, `texts`,
+    Samples other prompts for them, in at most --max-resamples rounds. Changes `rollout`, `repeated_prompts`, `texts`,
     `token_ids` and `scores` in place; returns the number of replacements.
     """
     args, G, replaced = run.args, run.args.group_size, 0
@@ -466,7 +465,7 @@ def resample_equal_groups(
         new_scores = common.score(rewards, new_prompts, new_texts, new_ids, args.reward_timeout, run.trainer_state)
         scores.replace(rows.tolist(), new_scores)
         for row, *new_ones in zip(rows.tolist(), new_prompts, new_texts, new_ids):
-            step_prompts[row], texts[row], token_ids[row] = new_ones
+            repeated_prompts[row], texts[row], token_ids[row] = new_ones
         replaced += len(groups)
     return replaced
 

@@ -1,8 +1,8 @@
 """Proximal Policy Optimization (PPO) for language models, in one file.
 
-The policy answers each prompt, and a critic, by default as large, predicts before every token what the answer will be
-worth. Only the surplus over that prediction counts as advantage. A clipped surrogate keeps each update small, and a KL term,
-subtracted from the reward token by token, keeps the policy near the frozen reference model it started from.
+The policy answers each prompt, and a critic, by default its copy with a scalar head, predicts before every token what the
+answer will be worth. Only the surplus over that prediction counts as advantage. A clipped surrogate keeps each update small,
+and a KL term, subtracted from the reward token by token, keeps the policy near the frozen reference that it started from.
 
     python ppo.py                                                                   # tiny model, about a minute, no GPU
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k
@@ -16,12 +16,12 @@ Where this differs from the papers:
  2. The critic is a separate model with a scalar head that starts at 0. Policy and critic share no weights, so their losses
     are not added up as in the paper; they share one learning-rate schedule, and the gradient of each is clipped to
     --max-grad-norm on its own.
- 3. Truncated importance weights (--tis-cap) correct for a sampler in bfloat16.
- 4. The learning rates decay linearly to 0.
- 5. The old policy's log-probs are the sampler's if it computes in float32; else a separate pass computes them.
+ 3. --gamma and --gae-lambda are 1, as suits a score at the end; arXiv:1707.06347 takes 0.99 and 0.95.
+ 4. Truncated importance weights (--tis-cap) correct for a sampler in bfloat16.
+ 5. The learning rates decay linearly to 0.
 
-Letters: N prompts a step, G completions a prompt, B = N G sequences (split between the
-processes; b in a micro-batch), C completion tokens. Column t of every (B, C) tensor is completion token t.
+Letters: N prompts per step, G completions per prompt, B = N G sequences (split between the processes; b in a micro-batch),
+C tokens in the longest completion. Column t of every (B, C) tensor is completion token t.
 """
 
 import math
@@ -54,10 +54,10 @@ class Args:
     reward_timeout: float = flag(60.0, "seconds that a reward function may take; 0: no limit", at_least=0, at_most=1e9)
     # Sampling
     steps: int = flag(tiny=220, real=500, help="number of rollouts", at_least=1)
-    prompts_per_step: int = flag(256, "N, of all processes together", at_least=1)
+    prompts_per_step: int = flag(256, "N, prompts per rollout, over all processes", at_least=1)
     samples_per_prompt: int = flag(1, "G, completions of each prompt", at_least=1)
     max_prompt_tokens: int = flag(512, "longer prompts are dropped", at_least=1)
-    max_new_tokens: int = flag(tiny=5, real=512, help="C, maximum tokens of a completion", at_least=1)
+    max_new_tokens: int = flag(tiny=5, real=512, help="maximum tokens of a completion", at_least=1)
     temperature: float = flag(1.0, "divides the logits, in sampling and in all log-probs", at_least=1e-3)
     # Algorithm
     baseline: str = flag("critic", "subtracted from the return: the critic's value, or nothing", choices=["critic", "none"])
@@ -109,12 +109,12 @@ class Args:
 
 
 def check_flags(args: Args):
-    """Refuses flags that would do nothing, and a --kl-horizon so short that beta could become negative."""
+    """Refuses flags that contradict each other."""
     if args.critic_model and args.baseline == "none":
         raise common.UserError("--critic-model: with --baseline none there is no critic")
-    batch = args.prompts_per_step * args.samples_per_prompt
     if args.kl_target is not None and not args.kl_coef:
         raise common.UserError("--kl-target: with --kl-coef 0 there is no reference; give the beta to begin with")
+    batch = args.prompts_per_step * args.samples_per_prompt
     if args.kl_target is not None and args.kl_horizon <= 0.2 * batch:
         needed = f"with {batch} completions a step it has to be above {0.2 * batch:g}"
         raise common.UserError(f"--kl-horizon {args.kl_horizon:g}: {needed}, or --kl-coef could become negative")
@@ -153,7 +153,8 @@ def whiten(x: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """rho = pi / pi_old of each token: (B, C)."""
-    return (logprobs - old_logprobs).clamp(-20, 20).exp()  # keeps exp finite if the policy diverges
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)  # keeps exp finite if the policy diverges
+    return log_ratio.exp()
 
 
 def surrogate_loss(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -230,11 +231,12 @@ def main(args: Args) -> int:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
+    models = {"policy": policy} | ({"reference": reference} if reference else {})
     learners = [policy]
     if critic:
         optimizer.add_param_group({"params": list(critic.parameters()), "lr": args.critic_learning_rate})
+        models["critic"] = critic
         learners.append(critic)
-    models = {"policy": policy} | ({"critic": critic} if critic else {}) | ({"reference": reference} if reference else {})
     state = {"step": 0, "kl_coef": args.kl_coef}
     if args.resume:
         state = common.load_checkpoint(run, models, optimizer, prompt_stream)
@@ -257,17 +259,17 @@ def main(args: Args) -> int:
         run.phase("rollout")
         sampler.refresh(policy)  # copies the weights in bfloat16 (as on GPUs) or with several processes; else shares them
         own_prompts = run.own_part(prompt_stream.next(args.prompts_per_step))
-        step_prompts = [prompt for prompt in own_prompts for _ in range(G)]  # one prompt for each completion: B
-        # One random number per token (B, C); depends on seed, step, purpose (0) and sequence, not on batches or processes.
+        repeated_prompts = [prompt for prompt in own_prompts for _ in range(G)]  # one prompt for each completion: B
+        # One random number per token, (B, max_new_tokens): by seed, step, purpose (0) and sequence, not by batch or process.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
         # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         rollout = sampler.sample([prompt.ids for prompt in own_prompts], G, uniforms)
         texts, token_ids = common.decode(tokenizer, rollout)
 
-        # ---- Score: the only thing that the policy learns from ----
+        # ---- Score: what each completion is worth ----
         run.phase("reward")
         with common.checkpoint_on_error(run, models, optimizer, state):  # a reward function may fail
-            scores = common.score(rewards, step_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
+            scores = common.score(rewards, repeated_prompts, texts, token_ids, args.reward_timeout, run.trainer_state)
         rollout.scores = scores.total.to(run.device)  # (B,)
 
         # ---- Reference: log-probs of the same tokens under the frozen model ----
@@ -352,14 +354,14 @@ def main(args: Args) -> int:
         if args.kl_target is not None:
             kl_seq, batch = metrics["objective/kl_seq"], args.prompts_per_step * G
             state["kl_coef"] = adapted_kl_coef(state["kl_coef"], kl_seq, args.kl_target, batch, args.kl_horizon)
-        # From here a resumed run continues.
+        # What a resumed run continues from.
         state |= {"step": step, "position": prompt_stream.position, "prompts": prompt_stream.digest}
         if args.eval_every and step % args.eval_every == 0 or step == args.steps:
             sampler.refresh(policy)
             with common.checkpoint_on_error(run, models, optimizer, state | {"unlogged": metrics}):
                 metrics |= common.evaluate(run, sampler, tokenizer, eval_prompts, eval_reward)
         run.log(step, metrics)
-        run.log_samples(step, step_prompts, texts, rollout.scores, scores.extra)
+        run.log_samples(step, repeated_prompts, texts, rollout.scores, scores.extra)
         state["accuracy"] = metrics.get("eval/accuracy", math.nan)
         stopped = run.must_stop()
         if stopped or (args.save_every and step % args.save_every == 0):
