@@ -251,13 +251,9 @@ def run_script(main, Args):
         store = join_processes()
         status = main(parse_args(Args))
     except (UserError, MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, UserError):
-            of_gpu = isinstance(error, torch.cuda.OutOfMemoryError)  # outside of the micro-batches, which shrink by themselves
-            if not of_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in text:
-                raise
-            advice = "take fewer --prompts-per-step, --max-new-tokens or --eval-samples"
-            text = f"out of {'GPU ' * of_gpu}memory: {advice} ({one_line(error)})"
+        text = " ".join(str(error).split()) if isinstance(error, UserError) else lack_of_memory(error)
+        if text is None:
+            raise
         if store is None or store.add("errors", 1) == 1:  # the first process to fail prints its error and ends all
             print(f"{script}: error: {text}", file=sys.stderr, flush=True)
             if store is not None:
@@ -277,6 +273,16 @@ def run_script(main, Args):
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What to say of an error that shows a lack of memory (outside of the micro-batches, which shrink by themselves); None for
+    any other error."""
+    of_gpu = isinstance(error, torch.cuda.OutOfMemoryError)
+    if not of_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+        return None
+    advice = "take more processes or, in a new run, fewer --prompts-per-step, --max-new-tokens or --eval-samples"
+    return f"out of {'GPU ' * of_gpu}memory: {advice} ({one_line(error)})"
 
 
 def join_processes():
@@ -437,7 +443,8 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     def uniforms(self, step: int, purpose: int, *shape) -> Tensor:
-        """Random numbers in [0, 1) that depend on seed, step and purpose alone: a resumed run draws the same ones.
+        """Random numbers in [0, 1) that depend on seed, step and purpose alone: a resumed run draws the same ones, and all
+        processes do: `own_part` of one for each sequence gives each process its own.
 
         Purposes are 0 to 15: 1 to 5 are those of this file, 0 and 7 to 14 the scripts'; 6 and 15 are free.
         """
@@ -657,7 +664,7 @@ class Run:
             self.said.add("first rollout")
             groups = f", {equal:.0%} of groups with equal scores" if "reward/frac_zero_std" in metrics else ""
             found = "no scores" if math.isnan(cut) else f"mean score {metrics['reward/mean']:.3g}, {cut:.0%} cut off"
-            self.say(f"first rollout: {found}{groups}")
+            self.say(f"first rollout{' since resuming' if self.args.resume else ''}: {found}{groups}")
         template = ', or use the chat template: --system-prompt ""' if self.leaves_template_unused else ""
         advice = {
             f"no completion ends: the end token was never sampled; raise --max-new-tokens{template}": cut == 1,
@@ -746,12 +753,13 @@ class Rollout:
         return len(self.lengths)
 
     def select(self, rows: Tensor) -> "Rollout":
-        """The sequences `rows` (CPU indices), with columns trimmed to the longest completion among them.
+        """The sequences `rows` (CPU indices, or booleans), with columns trimmed to the longest completion among them.
 
         Fields that a script adds, as in `rollout.weights = ...`, are selected, too: tensors (B,), (B, 1) or (B, C) and lists
         of length B; numbers and texts are kept. UserError for anything else.
         """
         B, C = self.completion_ids.shape
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
         columns = max(int(self.lengths[rows].max()), 1)
         device_rows, picked = to_device(rows, self.completion_ids.device), copy.copy(self)
         for name, x in vars(self).items():
@@ -777,6 +785,10 @@ class Rollout:
             if name == "prompt_index":
                 new = new + mine.max() + 1
             if isinstance(mine, Tensor) and mine.dim() == 2:
+                if name != "prompt_ids" and mine.shape[1] != new.shape[1]:  # one number a sequence stands for all its tokens
+                    mine, new = (
+                        x.expand(-1, of.completion_ids.shape[1]) if x.shape[1] == 1 else x for x, of in ((mine, self), (new, other))
+                    )
                 width, on_the_left = max(mine.shape[1], new.shape[1]), name == "prompt_ids"
                 mine, new = (
                     F.pad(x, (width - x.shape[1], 0) if on_the_left else (0, width - x.shape[1])) for x in (mine, new)
@@ -1634,6 +1646,9 @@ class Sampler:
 
         uniforms (B, max_new_tokens): numbers in [0, 1) that decide the tokens; None takes the likeliest ones (greedy).
         """
+        if uniforms is not None and uniforms.shape[1] != self.C:
+            what = f"{uniforms.shape[1]} random numbers for each completion, but up to {self.C} tokens"
+            raise UserError(f"Sampler.sample: {what}; set args.max_new_tokens and sampler.C together")
         prompt_lengths = torch.tensor([len(ids) for ids in prompts])
         B, P, greedy = len(prompts) * group_size, int(prompt_lengths.max()), uniforms is None
         group = torch.arange(len(prompts)).repeat_interleave(group_size)
@@ -1667,7 +1682,7 @@ class Sampler:
         """Make the static tensors that a step reads and writes; a GPU reuses those of the last call if large enough."""
         block = 128 if self.is_cuda else 1
         needed = (B, prompts, -(-(P + self.C) // block) * block - self.C)
-        if self.cache is None or any(there < need for there, need in zip(self.cache.capacity, needed)):
+        if self.cache is None or self.ids.shape[1] != self.C or any(there < need for there, need in zip(self.cache.capacity, needed)):
             if self.cache is not None:  # evaluation and training must not take turns at making each other's cache anew
                 needed = tuple(map(max, needed, self.cache.capacity))
             self.graphs, self.pool, self.cache = {}, None, None  # frees the old cache before the new one
@@ -2805,22 +2820,18 @@ class PromptStream:
     def __init__(self, prompts: list[Prompt], seed: int):
         self.prompts, self.seed, self.position = prompts, seed, 0
         self._epoch, self._order = -1, []
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Digest of the prompts and their columns, by which a resumed run notices that they have changed."""
-        digest = hashlib.sha256()
-        for prompt in self.prompts:
+        digest = hashlib.sha256()  # of the prompts and their columns: a resumed run notices that they have changed
+        for prompt in prompts:
             row = json.dumps([prompt.ids, prompt.columns], default=lambda other: type(other).__name__, skipkeys=True)
             digest.update(row.encode())
-        return digest.hexdigest()
+        self.digest = digest.hexdigest()
 
     def next(self, n: int) -> list[Prompt]:
         """The next n prompts; what an epoch lacks comes from the next one."""
         batch = []
         for _ in range(n):
             epoch, offset = divmod(self.position, len(self.prompts))
-            if epoch != self._epoch:
+            if epoch != self._epoch or len(self._order) != len(self.prompts):  # a script may set other prompts
                 self._epoch, self._order = epoch, list(range(len(self.prompts)))
                 random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
             batch.append(self.prompts[self._order[offset]])
@@ -2850,15 +2861,17 @@ def exact_reward(completions, answer, **_) -> list[float | None]:
 # NUMBER begins with digits, which keeps the search fast. SIGN matches what precedes them: a minus
 # (unless it follows an operand, as in 10-5), a currency sign, a leading point.
 NUMBER = re.compile(r"(?:([0-9]+) (?=[0-9]+/[0-9]))?([0-9]+(?:[,_][0-9]{3}(?![0-9]))*(?:\.[0-9]+)?)(?:/([0-9]+))?")
-SIGN = re.compile(r"((?<![\w)\]}%.])[-\u2212\u2013])?(?:\\?[$€£¥₹])?((?<![\w.])\.)?\Z")
-# What after or before a number shows that it is part of an expression (10^3, 2\sqrt{3}, 6 * 7, 5:30, 1e3, 10 000) and so
+MINUS = "[-\u2010\u2011\u2212\u2013]"
+SIGN = re.compile(rf"((?<![^\W_])(?<![)\]}}%.]){MINUS})?(?:\\?[$€£¥₹])?((?<![\w.])\.)?\Z")
+# What after or before a number shows that it is part of an expression (10^3, 2\sqrt{3}, 6 * 7, 6 x 7, 5:30, 1e3, 10 000) and so
 # not the answer. Units, degrees and the stars of *emphasis* do not count.
 GOES_ON = re.compile(
     r"\s*(?:\^(?!\{?\\circ)|\\(?!text|math|mbox|rm|circ|deg|q?quad|right|approx|implies|checkmark|end)[A-Za-z])"
-    r"|\s*[-+*/×÷\u2212\u2013]\s*\\?[$€£¥₹]?[0-9(]|\s?\*\*[0-9(]|[²³¹⁰-⁹¼-¾⅐-⅞]|[_.,:][0-9]|[eE][-+]?[0-9]|\s[0-9]|\([0-9]"
+    r"|\s*[-+*/×÷\u2212\u2013]\s*\\?[$€£¥₹]?[0-9(]|\s?\*\*[0-9(]|[²³¹⁰-⁹¼-¾⅐-⅞]|[_.,:'][0-9]|[eE][-+]?[0-9]|\s[0-9]|\([0-9]"
+    r"|\s?[xX]\s?[0-9]|[A-Za-z]/[0-9]|/-?\.?[0-9]"
 )
 BEGAN_BEFORE = re.compile(
-    r"(?:(?:[^\W_]|[)}\]])(?:[*/×÷+_]| [*/×÷+] )|\^\{?|[0-9](?:[.:]|[eE][-+]?)"
+    r"(?:(?:[^\W_]|[)}\]])(?:[*/×÷+_]| [*/×÷+] )|\^\{?|[0-9](?:[.:']|[eE][-+]?| ?[xX] ?)"
     r"|\\(?:sqrt|[dt]?frac|binom|log|ln|sin|cos|tan|pi|times|cdot|div|pm) ?[{\[]?)\Z"
 )
 
@@ -2872,12 +2885,12 @@ def gsm8k_number(text: str) -> Fraction | None:
     of an expression, as in 10^3, the result is None. Thousands separators, currency and percent signs
     are ignored; a/b, \frac{a}{b} and 4\frac{1}{2} are fractions; 42, 42.0 and \$42.00 are equal.
     """
-    text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")  # TeX's spacing in 10{,}000
+    text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\u2044", "/")  # TeX's spacing in 10{,}000
     text = re.sub(r"\\[ :;]|~", " ", text)
     text = re.sub(r"\\[cdt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))", fraction_as_text, text)
     boxed = last_match(r"\\boxed\s*\{", text)
     if boxed:
-        region = braced(text, boxed.end())
+        region = re.sub(rf"^\s*({MINUS})\s*(?:\\text)?[\s({{]*", r"\1", braced(text, boxed.end()))  # - 5 and -{5}
     else:
         closed = text.rstrip("# \t\r\n")  # #### 42 ####
         text = closed if "####" in closed else text
@@ -2939,7 +2952,7 @@ def countdown_reward(completions, target=None, nums=None, answer=None, numbers=N
     """1.0 for an equation that makes the target from the numbers, each used exactly once.
 
     It is read inside the last <answer>...</answer>, else on the last line, and may end with
-    "= target". Columns: target (or answer) and nums (or numbers), a list of integers.
+    "= target". Columns: target (or answer) and nums (or numbers), a list of integers from 0 on.
     """
     target, nums = target if target is not None else answer, nums if nums is not None else numbers
     if target is None or nums is None:
@@ -2951,8 +2964,8 @@ def countdown_reward(completions, target=None, nums=None, answer=None, numbers=N
             continue
         equation, equals, claim = countdown_equation(completion_text(completion)).partition("=")
         given = [Fraction(number) for number in given]
-        if any(number.denominator > 1 for number in given):
-            raise ValueError(f"the numbers {', '.join(map(str, given))} are not all integers")
+        if any(number.denominator > 1 or number < 0 for number in given):  # -2 would be read as an operation on 2
+            raise ValueError(f"the numbers {', '.join(map(str, given))} are not all integers from 0 on")
         made = arithmetic(equation, given) == Fraction(want)
         scores.append(float(made and (not equals or gsm8k_number(claim) == Fraction(want))))
     return scores
@@ -2962,7 +2975,7 @@ def countdown_equation(text: str) -> str:
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     text = text[start + len("<answer>") : end] if start >= 0 else text.strip().rpartition("\n")[2]
-    return text.translate(str.maketrans("×·÷\u2212\u2013\xa0\t", "**/--  ")).strip().rstrip(".")
+    return text.translate(str.maketrans("×·÷\u2010\u2011\u2212\u2013\xa0\t", "**/----  ")).strip().rstrip(".")
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -3045,9 +3058,9 @@ class Scores:
         self.has_lists |= other.has_lists
         for name, values in other.metrics.items():
             self.metrics[name] += values
-        for column, values in other.extra.items():
+        for column in {**self.extra, **other.extra}:
             mine = self.extra.setdefault(column, [None] * len(self.total))
-            for row, value in zip(rows, values):
+            for row, value in zip(rows, other.extra.get(column, [None] * len(rows))):
                 mine[row] = value
 
 
@@ -3115,6 +3128,7 @@ def load_reward_model(args, run) -> Callable:
     def ids_of(prompt, completion):
         if isinstance(prompt, str):
             ids = tokenizer(prompt + completion).input_ids
+            ids = ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids  # the text spells the begin token itself
         elif not tokenizer.chat_template:
             raise UserError(f"{name}: has no chat template, but the prompts are chats")
         else:
@@ -3163,7 +3177,9 @@ def import_file(path: str):
     try:
         with left_as_found():
             spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # SystemExit would end the run with the file's status
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit, which would end the run with the file's status
         syntax = isinstance(error, SyntaxError)
         place = f"{error.filename}:{error.lineno}" if syntax else raised_at(error, path)
         raise UserError(f"reward file {path} cannot be imported: {one_line(error)} at {place}") from error
@@ -3316,9 +3332,9 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
             return result_of(result) if inspect.isawaitable(result) else result
     except RewardTimeout as error:
         raise UserError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} seconds") from error
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit, asyncio.CancelledError) as error:
+    except BaseException as error:  # also SystemExit, a cancelled task, and what a library in Rust panics with
         module = sys.modules.get(getattr(reward.function, "__module__", None))
         place = raised_at(error, getattr(module, "__file__", None))
         called = f"called with {len(completions)} completions, the first: {completion_text(completions[0])[:40]!r}"
@@ -3327,14 +3343,17 @@ def call_reward(reward: Reward, inputs: dict[str, Any], timeout: float) -> Any:
 
 @contextlib.contextmanager
 def left_as_found():
-    """Restores what a reward file may change for the whole process: working folder, torch's grad mode and default dtype."""
-    folder, has_gradients, dtype = os.open(".", os.O_RDONLY), torch.is_grad_enabled(), torch.get_default_dtype()
+    """Restores what a reward file may change for the whole process: working folder, torch's grad mode and its defaults."""
+    folder, has_gradients = os.open(".", os.O_RDONLY), torch.is_grad_enabled()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     try:
         yield
     finally:
         os.fchdir(folder)
         os.close(folder)
         torch.set_grad_enabled(has_gradients), torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
 
 
 @functools.cache
@@ -3570,21 +3589,27 @@ def learning_rate_share(args, step: int) -> float:
     return warmup * min((args.steps + 1 - step) / max(args.steps - args.warmup_steps, 1), 1.0)
 
 
+def as_list(optimizer) -> list:
+    """The optimisers: every function that takes `optimizer` takes one or a list of them."""
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
 def set_learning_rate(optimizer, share: float):
     """Set every parameter group's learning rate to a share of its peak."""
-    for group in optimizer.param_groups:
+    for group in (group for one in as_list(optimizer) for group in one.param_groups):
         group["lr"] = share * group.setdefault("peak_lr", group["lr"])
 
 
-def clip_and_step(run, models: list[nn.Module], *optimizers) -> Tensor:
-    """Clip the gradient norm of each model and take the optimisers' step, unless a gradient is not finite; returns the
+def clip_and_step(run, models: list[nn.Module], optimizer) -> Tensor:
+    """Clip the gradient norm of each model and take the optimiser's step, unless a gradient is not finite; returns the
     gradient norm of the first model, before clipping. Weights that no optimiser holds are left out of the norms."""
+    optimizers = as_list(optimizer)
     trained = {weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]}
     weights = [[weight for weight in model.parameters() if weight in trained] for model in models]
     norms = [whole(torch.nn.utils.clip_grad_norm_(some, run.args.max_grad_norm)) for some in weights]
     if all(norm.isfinite() for norm in norms):
-        for optimizer in optimizers:
-            optimizer.step()
+        for one in optimizers:
+            one.step()
         run.skipped_in_a_row = 0
     else:
         run.skipped_updates, run.skipped_in_a_row = run.skipped_updates + 1, run.skipped_in_a_row + 1
@@ -3733,7 +3758,8 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
     random_states: of this process, those of now by default.
     """
     weights = {name: gathered(run, weights_of(model)) for name, model in models.items()}
-    moments = {i: gathered(run, tensors) for i, tensors in optimizer.state_dict()["state"].items()}
+    optimizers = [one.state_dict() for one in as_list(optimizer)]
+    moments = [{i: gathered(run, tensors) for i, tensors in one["state"].items()} for one in optimizers]
     all_random_states = run.gather(random_states or get_random_states())
     if run.rank > 0:
         return
@@ -3742,7 +3768,7 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
         for name, tensors in weights.items():
             safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
         loadable = {key: value for key, value in state.items() if can_be_loaded(run, key, value)}
-        saved = {"state": loadable, "optimizer": optimizer.state_dict() | {"state": moments}}
+        saved = {"state": loadable, "optimizers": [one | {"state": its} for one, its in zip(optimizers, moments)]}
         torch.save(saved | {"random_states": all_random_states, "script": run.script}, partial / "state.pt")
         digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(digests, indent=2))
@@ -3754,32 +3780,46 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
 
 
 def can_be_loaded(run, key: str, value: Any) -> bool:
-    """Whether `load_checkpoint` could read this value, since it refuses code in a file; warns if not."""
+    """Whether `load_checkpoint` could read this value, since it refuses code in a file; warns if not, and of a sharded tensor,
+    of which only the first process's part would be saved."""
     file = io.BytesIO()
+
+    def is_sharded(x):
+        inner = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+        return hasattr(x, "full_tensor") or any(map(is_sharded, inner))
+
     try:
+        if is_sharded(value):
+            raise TypeError
         torch.save(value, file)
         torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError):
         kinds = "numbers, texts, lists and dicts of Python, and tensors"
-        run.warn_once(f"state[{key!r}] is left out of checkpoints, which take {kinds}, not {type(value).__name__}")
+        given = "the shard of a tensor: put it in as common.whole(...)" if is_sharded(value) else type(value).__name__
+        run.warn_once(f"state[{key!r}] is left out of checkpoints, which take {kinds}, not {given}")
         return False
     return True
 
 
 @contextlib.contextmanager
 def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dict[str, Any]):
-    """If the block raises a UserError in any process, save the steps done so far before it ends the run. For any part of a
-    step except its update. With several processes the block may use no collectives except `run.gather` and its callers.
+    """If the block raises a UserError or runs out of memory in any process, save the steps done so far before it ends the run.
+    For any part of a step except its update. With several processes the block may use no collectives except `run.gather` and its callers.
     """
     random_states = get_random_states()  # the block begins anew when the run goes on
     try:
         try:
             yield
             run.gather(None)  # raises what another process has met
-        except UserError as error:
+        except (UserError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, UserError):
+                text = lack_of_memory(error)
+                if text is None:
+                    raise
+                error = UserError(text)
             if not error.met_by_all:
                 run.gather(error)
-            raise
+            raise error
     except UserError as error:
         run.close()
         if state["step"] == 0:
@@ -3863,11 +3903,12 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
         if saved["script"] != run.script:
             run.warn(f"this run was begun by {saved['script']}.py and goes on with {run.script}.py")
         set_random_states(saved["random_states"][run.rank % len(saved["random_states"])])
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for i, moments in saved["optimizer"]["state"].items():
-            moments |= {name: placed(x, parameters[i]) for name, x in moments.items() if isinstance(x, Tensor) and x.dim()}
-        optimizer.load_state_dict(saved["optimizer"])
-        prompts.position = saved["state"]["position"]
+        for one, its in zip(as_list(optimizer), saved["optimizers"], strict=True):
+            parameters = [parameter for group in one.param_groups for parameter in group["params"]]
+            for i, moments in its["state"].items():
+                moments |= {name: placed(x, parameters[i]) for name, x in moments.items() if isinstance(x, Tensor) and x.dim()}
+            one.load_state_dict(its)
+        prompts.position, run.trainer_state.global_step = saved["state"]["position"], saved["state"]["step"]
     if saved["state"].get("prompts", prompts.digest) != prompts.digest:
         run.warn(f"--dataset {run.args.dataset}: its prompts are not those that the run was started with; going on with the new ones")
     run.say(f"resuming after step {saved['state']['step']} from {folder}")

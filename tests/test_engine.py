@@ -829,6 +829,8 @@ def test_select_takes_along_what_a_script_has_added():
     assert part.weights.tolist() == [3, 0] and part.bonus.tolist() == [[3.0, 3.0], [0.0, 0.0]]
     assert len(rollout.weights) == 6 and rollout.select(torch.tensor([1])).weights.tolist() == [1]
     assert rollout.select(torch.tensor([1])).step == 3
+    chosen = rollout.select(torch.tensor([False, True, False, False, True, False]))
+    assert chosen.texts == ["b", "e"] and chosen.weights.tolist() == [1, 4] and chosen.lengths.tolist() == [6, 9]
 
 
 @pytest.mark.parametrize("odd", [torch.zeros(6, 3), torch.zeros(5), numpy.zeros(6), (0,) * 6, [0] * 5], ids=str)
@@ -856,6 +858,9 @@ def test_join_keeps_everything_of_both():
         for i, row in enumerate(rows):
             length = int(part.prompt_lengths[i])
             assert torch.equal(joined.prompt_ids[row, -length:], part.prompt_ids[i, -length:])
+    second.advantages = second.completion_ids.float()  # by token, as from lists of rewards
+    assert first.join(second).advantages[:6].tolist() == [[i] * 9 for i in range(6)]
+    assert second.join(first).advantages[2:].tolist() == [[i] * 9 for i in range(6)]
     second.weights = torch.ones(2)
     for one, other in ((first, second), (second, first)):
         with pytest.raises(common.UserError, match="only one of the two has weights"):
@@ -1060,6 +1065,14 @@ def test_set_learning_rate_is_a_share_of_each_groups_peak():
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([share * 1e-3, share * 1e-2])
 
 
+def test_random_numbers_for_another_length_than_the_samplers_are_refused(llama):
+    sampler = common.Sampler(llama, {1}, 1.0, 5)
+    with pytest.raises(common.UserError, match="3 random numbers for each completion, but up to 5 tokens; set args.max_new_tokens and"):
+        sampler.sample([[2, 3]], 2, torch.rand(2, 3))
+    sampler.C = 3
+    assert sampler.sample([[2, 3]], 2, torch.rand(2, 3)).lengths.max() <= 3
+
+
 def test_update_is_skipped_where_the_gradient_is_not_finite(run, capsys):
     layer = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
@@ -1103,7 +1116,7 @@ def test_weights_that_no_optimiser_has_count_in_no_norm_and_keep_no_gradient(run
     optimizers = [torch.optim.SGD([module.weight], lr=1.0) for module in layer]
     before = [module.weight.detach().clone() for module in layer]
     layer[0].weight.grad, layer[1].weight.grad, layer[0].bias.grad = torch.tensor([[30.0, 0.0]]), torch.tensor([[40.0]]), torch.ones(1)
-    assert float(common.clip_and_step(run, [layer], *optimizers)) == pytest.approx(50.0)
+    assert float(common.clip_and_step(run, [layer], optimizers)) == pytest.approx(50.0)
     moved = [float((old - module.weight.detach()).sum()) for old, module in zip(before, layer)]
     assert moved == pytest.approx([0.6, 0.8], abs=1e-5)
     assert all(weight.grad is None for weight in layer.parameters())

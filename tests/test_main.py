@@ -605,7 +605,7 @@ def test_too_little_memory_is_one_line(script, tiny_folder, monkeypatch, capsys)
     flags = ["--model", tiny_folder, "--dataset", "addition", "--max-new-tokens", "5", "--device", "cpu", "--eval-prompts", "2"]
     assert script(*flags, "--eval-samples", 10**13) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("grpo.py: error: out of memory: take fewer --prompts-per-step, --max-new-tokens or --eval-samples (Runtime")
+    assert line.startswith("grpo.py: error: out of memory: take more processes or, in a new run, fewer --prompts-per-step, ")
     monkeypatch.setattr(common, "evaluate", mock.Mock(side_effect=[MemoryError(), RuntimeError("shapes do not match")]))
     assert script(*flags) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("--eval-samples (MemoryError)")

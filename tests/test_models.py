@@ -213,12 +213,13 @@ def test_reward_model_with_a_tokenizer_of_its_own_scores_prompt_and_completion(t
     config = transformers.LlamaConfig(**helpers.SIZES, num_labels=1)
     judge = transformers.AutoModelForSequenceClassification.from_config(config)
     judge.save_pretrained(tmp_path / "judge")
-    save_tokenizer(tmp_path / "judge", eos_token="<end>", adds_bos=True)
+    save_tokenizer(tmp_path / "judge", eos_token="<end>", bos_token="<user>", adds_bos=True)
     folder = train(grpo, tmp_path, "--model", model, "--dataset", texts, "--reward-model", tmp_path / "judge")
     assert math.isfinite(helpers.scalars(folder)["reward/reward_model"][-1])
     args = common.parse_args(grpo.Args, ["--reward-model", str(tmp_path / "judge"), "--device", "cpu"])
     reward = common.load_reward_model(args, common.Run(args))
     got = reward(prompts=["ab", "abc", "b"], completions=["c", "d", "aaaa"])
+    assert reward(prompts=["<user>ab"], completions=["c"]) == pytest.approx(got[:1])  # a text that spells the begin token
     for text, score in zip(["abc", "abcd", "baaaa"], got):
         ids = torch.tensor([[2, *(WORDS.index(c) for c in text)]])
         assert score == pytest.approx(judge.eval()(ids).logits.item(), abs=1e-5)

@@ -492,6 +492,18 @@ def test_the_digest_of_a_stream_is_of_tokens_and_columns_of_any_kind():
     assert common.PromptStream([odd], 0).digest == common.PromptStream([odd], 1).digest
 
 
+@pytest.mark.parametrize("sizes", [(4, 10), (10, 4)])
+def test_a_script_may_set_other_prompts_which_a_resumed_run_draws_as_well(sizes):
+    pools = [stream_of(size).prompts for size in sizes]
+    stream, resumed = stream_of(sizes[0]), stream_of(sizes[0])
+    stream.next(3)
+    stream.prompts = resumed.prompts = pools[1]
+    resumed.position = 3
+    batch = [prompt.ids[0] for prompt in stream.next(30)]
+    assert set(batch) == set(range(sizes[1])) and [prompt.ids[0] for prompt in resumed.next(30)] == batch
+    assert stream.digest == resumed.digest == stream_of(sizes[0]).digest
+
+
 def test_stream_order_changes_with_epoch_and_seed():
     first = [prompt.ids[0] for prompt in stream_of(50).next(100)]
     assert first[:50] != first[50:] and first[:50] != list(range(50))

@@ -123,9 +123,35 @@ def test_reward_function_that_fails_in_an_evaluation_costs_nothing(call, materia
         runs.run_here("grpo", argv)
     assert names(tmp_path / "run" / "checkpoints") == ["step-000002" if call == 4 else "step-000004"]
     monkeypatch.delenv("ACT")
+    evaluate, seen = common.evaluate, []
+    monkeypatch.setattr(common, "evaluate", lambda run, *args: seen.append(run.trainer_state.global_step) or evaluate(run, *args))
     assert runs.run_here("grpo", ["--resume", str(tmp_path / "run")]) == 0
+    assert seen == ([2, 4] if call == 4 else [4])  # what reward functions are told
     assert "nan" not in capsys.readouterr().out.splitlines()[-1]
     assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_memory_that_runs_out_while_sampling_costs_no_step(script, materials, undisturbed, tmp_path, monkeypatch, capsys):
+    sample, calls = common.Sampler.sample, []
+
+    def greedy_of_memory(self, prompts, group_size, uniforms):
+        calls.extend([1] * (uniforms is not None and len(prompts) > 2))  # without evaluations and the check of the model
+        if len(calls) == 4:
+            raise MemoryError
+        return sample(self, prompts, group_size, uniforms)
+
+    monkeypatch.setattr(common.Sampler, "sample", greedy_of_memory)
+    argv = runs.arguments(materials, script, tmp_path / "run", **FLAGS[script] | {"save_every": 0})
+    with pytest.raises(common.UserError, match="^out of memory: take more processes or, .* \\(MemoryError\\); the steps before are saved; to go on: "):
+        runs.run_here(script, argv)
+    monkeypatch.undo()
+    monkeypatch.setenv("NOISE", "1")
+    assert [path.name for path in common.checkpoints_of(tmp_path / "run")] == ["step-000003" if script == "ppo" else "step-000002"]
+    capsys.readouterr()
+    assert runs.run_here(script, ["--resume", str(tmp_path / "run")]) == 0
+    assert "first rollout since resuming: " in capsys.readouterr().out
+    assert_same_end(tmp_path / "run", undisturbed[script])
 
 
 def test_evaluations_do_not_change_what_rewards_draw(materials, tmp_path):
@@ -456,6 +482,46 @@ def test_what_could_not_be_loaded_is_left_out_and_said(tmp_path, capsys):
     optimizer = torch.optim.SGD(model.parameters())
     assert str(common.load_checkpoint(run, {"policy": model}, optimizer, prompts)) == str(kept)
     assert str(optimizer.state[model.weight]) == str({"step": 7, "sum": torch.ones(1, 2)})
+
+
+def test_a_list_of_optimisers_goes_on_as_it_was(tmp_path):
+    """Their moments, and the peaks of their learning rates."""
+    run, model = helpers.make_run(), torch.nn.Linear(2, 1)
+    prompts = common.PromptStream([common.Prompt("1+1=", [1], {})], seed=1)
+    run.folder, run.args.resume = tmp_path, str(tmp_path)
+
+    def optimisers():
+        return [torch.optim.AdamW([model.weight], lr=0.1), torch.optim.SGD([model.bias], lr=0.2, momentum=0.9)]
+
+    def step(both, share):
+        common.set_learning_rate(both, share)
+        model(torch.ones(2)).square().sum().backward()
+        common.clip_and_step(run, [model], both)
+        return [weight.tolist() for weight in model.parameters()]
+
+    both = optimisers()
+    step(both, 0.5)
+    common.save_checkpoint(run, {"policy": model}, both, {"step": 1, "position": 0})
+    after = step(both, 0.25)
+    again = optimisers()
+    common.load_checkpoint(run, {"policy": model}, again, prompts)
+    assert step(again, 0.25) == after and [one.param_groups[0]["lr"] for one in again] == [0.025, 0.05]
+    with pytest.raises(common.UserError, match="state.pt cannot be loaded, perhaps another version of this project wrote it"):
+        common.load_checkpoint(run, {"policy": model}, again[0], prompts)
+
+
+def test_the_shard_of_a_tensor_is_left_out_and_said(tmp_path, capsys):
+    """Only the first process's would be saved, and all processes would get it."""
+    run = helpers.make_run()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        shard = torch.distributed.tensor.distribute_tensor(torch.ones(2), mesh)
+        assert not common.can_be_loaded(run, "muon", {"state": {0: [shard]}})
+        assert "state['muon'] is left out of checkpoints, which take" in capsys.readouterr().out
+        assert common.can_be_loaded(run, "muon", {"state": {0: [common.whole(shard)]}})
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_damaged_newer_checkpoints_do_not_count_as_kept(stopped):

@@ -170,6 +170,26 @@ def test_exact():
         (r"\boxed{4\ \frac{1}{2}}", "9/2"),
         (r"\boxed{1\;042}", None),
         ("#### 1~042", None),
+        (r"\boxed{- 42}", "-42"),
+        (r"\boxed{-{42}}", "-42"),
+        (r"\boxed{ -(42)}", "-42"),
+        (r"\boxed{-\text{42 m}}", "-42"),
+        ("- 42", "42"),  # an item of a list
+        ("#### _-42_", "-42"),
+        ("#### \u201042 (hyphen)", "-42"),
+        ("#### \u201142 (non-breaking hyphen)", "-42"),
+        ("x_-42", None),
+        ("#### 1\u20442", "1/2"),
+        (r"\boxed{\frac{1}{-2}}", None),
+        (r"\boxed{\frac{3x}{4}}", None),
+        ("#### 1/.5", None),
+        ("#### 6 x 7", None),
+        ("6 X 7", None),
+        ("#### 0x42", None),
+        ("0x42", None),
+        ("1'042", None),
+        ("x = 42", "42"),
+        ("is 42 x", "42"),
     ],
 )
 def test_gsm8k_number(text, number):
@@ -243,8 +263,9 @@ def test_countdown_is_exact_and_checks_its_columns():
     assert verdict("countdown", "+8 * (1 + 2)", target=-24, nums=[1, 2, 8]) == 0.0
     assert verdict("countdown", "1", target=None, nums=[1]) is None
     assert verdict("countdown", "2 * 3", target=6, nums=["2", 3.0]) == 1.0
-    with pytest.raises(ValueError, match="5/2, 3 are not all integers"):
-        verdict("countdown", "2 + 3", target=5, nums=[2.5, 3])
+    for odd, said in (([2.5, 3], "5/2, 3"), ([-2, 7], "-2, 7")):
+        with pytest.raises(ValueError, match=f"the numbers {said} are not all integers from 0 on"):
+            verdict("countdown", "2 + 3", target=5, nums=odd)
     with pytest.raises(ValueError, match="nums"):
         verdict("countdown", "1", target=1)
 
@@ -580,6 +601,8 @@ def test_what_functions_log_follows_replaced_rows():
     silent = run([lambda completions: [0.0] * len(completions)], ["a", "b", "c"])
     silent.replace([0, 2], run([logs], ["x", "y"]))
     assert silent.extra == {"upper": ["X", None, "Y"]}
+    scores.replace([1], run([lambda completions: [0.0] * len(completions)], ["z"]))
+    assert scores.extra == {"upper": ["X", None, "Y"]}
 
 
 def test_async_functions_share_one_loop_with_what_their_file_made():
@@ -725,6 +748,10 @@ def test_an_exception_names_function_type_message_and_line(reward_file):
             raise asyncio.CancelledError
         def leave(completions, **kwargs):
             raise SystemExit(0)
+        def panic(completions, **kwargs):
+            raise BaseException("as from Rust")
+        def stop(completions, **kwargs):
+            raise KeyboardInterrupt
         """
     )
     for name, named in [
@@ -732,12 +759,15 @@ def test_an_exception_names_function_type_message_and_line(reward_file):
         ("later", rf"reward later raised ValueError: two lines at {path}:7, called with 2 completions, the first: 'not json'$"),
         ("leave", rf"reward leave raised SystemExit: 0 at {path}:12"),
         ("cancelled", rf"reward cancelled raised CancelledError at {path}:10"),
+        ("panic", rf"reward panic raised BaseException: as from Rust at {path}:14"),
     ]:
         with pytest.raises(common.UserError, match=named) as error:
             run(common.load_rewards([f"{path}:{name}"]), ["not json", "{}"])
         assert "\n" not in str(error.value)
     with pytest.raises(common.UserError, match="reward exact raised"):
         run([common.Reward("exact", lambda completions: 1 / 0)], ["a"])
+    with pytest.raises(KeyboardInterrupt):  # somebody wants to stop at once
+        run(common.load_rewards([f"{path}:stop"]), ["a"])
 
 
 # ---------------------------------------------------------------- time limit
@@ -809,15 +839,21 @@ def test_time_limit_reaches_async_functions():
 
 def test_what_a_reward_file_changes_for_the_process_is_put_back(tmp_path):
     (tmp_path / "a.py").write_text(
-        "import os, tempfile, torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
+        "import os, tempfile, torch\ndef change():\n    torch.set_grad_enabled(False)\n    torch.set_default_dtype(torch.float64)\n"
+        "    torch.set_default_device('meta')\n"
+        "os.chdir('/')\nchange()\n"
         "def moves(completions):\n    with tempfile.TemporaryDirectory() as folder:\n        os.chdir(folder)\n"
-        "        torch.set_grad_enabled(False)\n        torch.set_default_dtype(torch.float64)\n        return [1.0] * len(completions)\n"
+        "        change()\n        return [1.0] * len(completions)\n"
     )
+
+    def is_as_before():
+        return os.getcwd() == before and torch.is_grad_enabled() and torch.ones(1).dtype == torch.float32 and torch.ones(1).device.type == "cpu"
+
     before, open_files = os.getcwd(), len(os.listdir("/dev/fd"))
     rewards = common.load_rewards([f"{tmp_path / 'a.py'}:moves"])
-    assert os.getcwd() == before and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert is_as_before()
     assert run(rewards, ["a"]).total.tolist() == [1.0]
-    assert os.getcwd() == before and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert is_as_before()
     assert len(os.listdir("/dev/fd")) == open_files
 
 
