@@ -289,10 +289,11 @@ def join_processes():
     """Under torchrun: join the process group, and exit with status 2 once any process reports an error. Returns the store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
-    # The backend is gloo, and nccl for tensors on GPUs. The timeout is a day, since the others wait while one process writes
+    # By default there would be only nccl where there are GPUs. The timeout is a day, since the others wait while one process writes
     # a checkpoint or scores. torchrun notices a process that dies, the thread below one that reports an error.
     with explained_as("WORLD_SIZE is set, but not all that torchrun sets beside it", ValueError):
-        dist.init_process_group(timeout=timedelta(days=1))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     store = dist.distributed_c10d._get_default_store()
 
     def watch(connection):
@@ -330,6 +331,8 @@ def check_new_folder(folder):
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--output-dir {folder}: {there} is a file, or a folder that cannot be written to")
+    if os.path.exists(folder / "args.json") and not checkpoints_of(folder) and not (folder / "final").exists():
+        raise UserError(f"--output-dir {folder}: a run that has no checkpoint yet; if it has ended, remove the folder")
     if there == folder and any(folder.iterdir()):
         raise UserError(
             f"--output-dir {folder}: not empty, and nothing in it is overwritten (--resume goes on with a run)"
@@ -366,7 +369,8 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
     """The arguments of the run in `folder`; UserError unless it has begun, has a checkpoint and has not finished."""
     path = folder / "args.json"
     if not path.is_file():
-        raise UserError(f"--resume {folder}: not the folder of a run (no args.json there)")
+        hint = f"; take {folder.parent.parent}" if folder.parent.name == "checkpoints" else ""
+        raise UserError(f"--resume {folder}: not the folder of a run (no args.json there){hint}")
     if (folder / "final").is_dir():
         raise UserError(f"--resume {folder}: that run has finished; its model is {folder / 'final'}")
     if not checkpoints_of(folder):
@@ -514,8 +518,7 @@ class Run:
 
     def phase(self, name: str | None):
         """Begin a phase of the step and end the one before, whose seconds become perf/<name>_seconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self.device)
         now = time.perf_counter()
         if self.current_phase is not None:
             self.seconds[self.current_phase] = now - self.phase_started
@@ -622,6 +625,7 @@ class Run:
         seconds = time.time() - self.started
         accuracy = f"eval/accuracy_before={before:.3f} eval/accuracy={after:.3f}"
         self.say(f"done steps={state['step']} {accuracy} seconds={seconds:.1f} run={self.folder}")
+        self.gather(None)  # the others wait for the first process, which writes the model
         return 0
 
     def close(self):
@@ -823,6 +827,12 @@ def grid(lengths):
     """Row and column of each filled cell of a table whose row i has its first lengths[i] cells filled."""
     row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     return row, torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
+
+
+def wait_for(device):
+    """Wait until a GPU has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def to_device(x, device):
@@ -1683,9 +1693,9 @@ class Sampler:
         block = 128 if self.is_cuda else 1
         needed = (B, prompts, -(-(P + self.C) // block) * block - self.C)
         if self.cache is None or self.ids.shape[1] != self.C or any(there < need for there, need in zip(self.cache.capacity, needed)):
-            if self.cache is not None:  # evaluation and training must not take turns at making each other's cache anew
+            if self.cache is not None:  # calls of two sizes must not take turns at making each other's cache anew
                 needed = tuple(map(max, needed, self.cache.capacity))
-            self.graphs, self.pool, self.cache = {}, None, None  # frees the old cache before the new one
+            self.free()  # the old cache before the new one
             if self.is_cuda and can_run_kernels(self.device):
                 self.cache = SharedPromptLayout(needed, self.C, self.device)
             else:
@@ -1701,6 +1711,10 @@ class Sampler:
         self.cell[:B] = self.C * torch.arange(B, device=self.device)  # of each row's next token in the flattened tables
         if uniforms is not None:
             self.uniforms[: len(uniforms)] = to_device(uniforms, self.device)
+
+    def free(self):
+        """Give up the cache and the CUDA graphs that use it; the next call makes them anew."""
+        self.graphs, self.pool, self.cache = {}, None, None
 
     def prefill(self, prompts, prompt_lengths, greedy):
         """Fill the cache from the prompts and choose the first token of every sequence."""
@@ -1806,7 +1820,7 @@ class Sampler:
             temperature=self.temperature,
         )
         if not self.is_cuda:
-            self.cache = None  # the memory is wanted by the update
+            self.free()  # the update wants the memory
         return rollout
 
 
@@ -2071,6 +2085,8 @@ def load_pretrained(auto_class, name, flag_name, args, **options):
             why = "it comes with code of its own; --trust-remote-code lets that run on this machine"
         if error.args == ("flat_row",):  # KeyError: the family has its own table of attentions
             why = "its family keeps to attention of its own, which this project does not run"
+        if not os.path.exists(name):
+            why += f" (there is no such folder in {os.getcwd()} either)"
         raise UserError(f"{flag_name} {name}: cannot be loaded: {why}") from error
 
 
@@ -2182,14 +2198,16 @@ def frozen_copy(model, compute_dtype=torch.float32):
     nearly the same results as float32 weights under autocast, which casts all of these except the embeddings. Norms and the
     residual stream stay float32.
     """
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    cast = {}  # by id, as deepcopy wants it: what it finds there it does not copy
     if compute_dtype != torch.float32:
-        for module in frozen.modules():
+        for module in model.modules():
             own = list(module.parameters(recurse=False))
             matrices = [parameter for parameter in own if parameter.dim() > 1]
             # Biases are cast with their matrix, except the head's, since logits are float32.
-            for parameter in own if matrices and module is not frozen.get_output_embeddings() else matrices:
-                parameter.data = parameter.data.to(compute_dtype)
+            for parameter in own if matrices and module is not model.get_output_embeddings() else matrices:
+                cast[id(parameter)] = nn.Parameter(parameter.detach().to(compute_dtype), requires_grad=False)
+    frozen = copy.deepcopy(model, cast).requires_grad_(False).eval()
+    if compute_dtype != torch.float32:
         frozen.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
     return frozen
 
@@ -2710,7 +2728,9 @@ def chat_ids(chat: list[dict], tokenizer, place: str = "") -> list[int]:
 def text_ids(texts: list[str], tokenizer) -> list[list[int]]:
     """Tokens of texts with the tokenizer's special tokens, but without a second begin token if the text spells one, and
     without an end token that the tokenizer appends, since the model has to continue the prompt."""
-    all_ids = tokenizer(texts)["input_ids"] if texts else []
+    # A thousand at a time, since what a tokenizer makes beside the ids of a million texts takes gigabytes.
+    parts = inner_progress(range(0, len(texts), 1000), "tokenizing")
+    all_ids = [ids for start in parts for ids in tokenizer(texts[start : start + 1000])["input_ids"]]
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     for i, (text, ids) in enumerate(zip(texts, all_ids)):
         if ids[:2] == [begin, begin] or ids[-1:] == [end]:
@@ -2747,7 +2767,8 @@ def load_train_and_eval_rows(args, rewards: list["Reward"], eval_reward: "Reward
     train_rows = load_rows(args.dataset, "train", args.prompt_column, args.answer_column)
     if args.eval_dataset or args.dataset in ("addition", "gsm8k"):
         eval_rows = load_rows(args.eval_dataset or args.dataset, "test", args.prompt_column, args.answer_column)
-        eval_rows = eval_rows[: args.eval_prompts]
+        count = min(len(eval_rows), args.eval_prompts)
+        eval_rows = [eval_rows[i * len(eval_rows) // count] for i in range(count)]  # from all over the file, which may be sorted
     else:
         train_rows, eval_rows = held_out_split(train_rows, args.eval_prompts, args.seed)
     check_rewards(rewards, train_rows, args.system_prompt)
@@ -2783,6 +2804,9 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     missing = sum(row.get("answer") is None for row in train_rows)
     if asking and missing:
         run.warn(f"{missing} of {len(train_rows)} rows have no answer and are not scored by {' and '.join(sorted(asking))}")
+    begun = sum(isinstance(prompt, list) and prompt[-1]["role"] == "assistant" for prompt in given)
+    if begun:
+        run.say(f"{begun} chats end with a message of the assistant, which completions go on with: cut it off if it is the answer")
     has_text = system_prompt is None and any(isinstance(prompt, str) for prompt in given)
     run.leaves_template_unused = has_text and bool(tokenizer.chat_template)
     if run.leaves_template_unused:
@@ -2791,8 +2815,10 @@ def tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     evaluation, eval_dropped = tokenize_prompts(eval_rows, tokenizer, system_prompt, args.max_prompt_tokens)
     if dropped + eval_dropped:
         run.warn(f"{dropped + eval_dropped} prompts longer than --max-prompt-tokens {args.max_prompt_tokens} were dropped")
-    if train_rows[: len(eval_rows)] == eval_rows:
-        run.warn(f"with {len(train_rows)} prompts none are held out: evaluation is on training prompts")
+    trained = {json.dumps(row["prompt"]) for row in train_rows}
+    shared = sum(json.dumps(row["prompt"]) in trained for row in eval_rows)
+    if shared:
+        run.warn(f"{shared} of {len(eval_rows)} evaluation prompts are training prompts, too")
     check_model_takes(train + evaluation, args, config, f"--model {args.model}")
     return train, evaluation
 
@@ -2808,6 +2834,20 @@ def check_model_takes(prompts: list[Prompt], args, config, name: str):
     if room and longest + args.max_new_tokens > room:
         what = f"with a prompt of {longest} more than the {room} positions of {name}"
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: {what}")
+
+
+def check_critic_model(args, tokenizer, prompts: list[Prompt]):
+    """Raises UserError, before any model loads, for a --critic-model that cannot read the prompts as the policy does."""
+    name = f"--critic-model {args.critic_model}"
+    check_model_takes(prompts, args, load_config(args.critic_model, "--critic-model", args), name)
+    try:
+        own = load_tokenizer(args.critic_model, "--critic-model", args).get_vocab()
+    except UserError:  # it comes without a tokenizer
+        return
+    known = tokenizer.get_vocab()
+    shared = known.keys() & own.keys()
+    if not shared or any(known[token] != own[token] for token in shared):
+        raise UserError(f"{name}: its tokenizer has other numbers for the policy's tokens; take a model with the same tokenizer")
 
 
 class PromptStream:
@@ -2850,10 +2890,31 @@ def completion_text(completion: str | list[dict]) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def in_answer_tags(text: str) -> str | None:
+    """What stands in the last <answer>...</answer> of a text; None if there is none."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    return text[start + len("<answer>") : end] if start >= 0 else None
+
+
+def given_answer(completion: str | list[dict]) -> str:
+    """The text of a completion, or as much of it as stands in answer tags, which --reward format asks for."""
+    text = completion_text(completion)
+    inside = in_answer_tags(text)
+    return text if inside is None else inside
+
+
+def wanted_answer(answer: Any) -> str:
+    """The answer of a dataset's row as text; 3.0, which is what some programs make of a column of integers, as 3."""
+    if isinstance(answer, (list, dict)):
+        raise ValueError(f"the answer {str(answer)[:60]!r} is no text or number; name the right column with --answer-column")
+    return str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
+
+
 def exact_reward(completions, answer, **_) -> list[float | None]:
-    """1.0 if the completion is the answer, white space around both aside."""
+    """1.0 if the completion, or what it has in answer tags, is the answer, white space around both aside."""
     return [
-        None if want is None else float(completion_text(got).strip() == str(want).strip())
+        None if want is None else float(given_answer(got).strip() == wanted_answer(want).strip())
         for got, want in zip(completions, answer, strict=True)
     ]
 
@@ -2937,14 +2998,14 @@ def braced(text: str, start: int) -> str:
 
 
 def gsm8k_reward(completions, answer, **_) -> list[float | None]:
-    """1.0 if the completion ends with the answer's number; gsm8k_number tells where both are read."""
+    """1.0 if the completion, or what it has in answer tags, ends with the answer's number; see `gsm8k_number`."""
     scores = []
     for completion, want in zip(completions, answer, strict=True):
-        number = None if want is None else gsm8k_number(str(want))
+        number = None if want is None else gsm8k_number(wanted_answer(want))
         if want is not None and number is None:
             what = f"no number in the answer {str(want)[:60]!r}"
             raise ValueError(f"{what}; mend the row, or name the right column with --answer-column")
-        scores.append(None if want is None else float(gsm8k_number(completion_text(completion)) == number))
+        scores.append(None if want is None else float(gsm8k_number(given_answer(completion)) == number))
     return scores
 
 
@@ -2972,9 +3033,8 @@ def countdown_reward(completions, target=None, nums=None, answer=None, numbers=N
 
 
 def countdown_equation(text: str) -> str:
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    text = text[start + len("<answer>") : end] if start >= 0 else text.strip().rpartition("\n")[2]
+    inside = in_answer_tags(text)
+    text = text.strip().rpartition("\n")[2] if inside is None else inside
     return text.translate(str.maketrans("×·÷\u2010\u2011\u2212\u2013\xa0\t", "**/----  ")).strip().rstrip(".")
 
 
@@ -3466,7 +3526,8 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
             means.add("eval/reward", scores, ~scores.isnan())
         return [row[~row.isnan()] >= 1 for row in scores.view(-1, copies)]
 
-    size = max(256 // max(n, 1), 1)
+    # So many prompts at a time that there are no more than 256 completions and 131,072 tokens of prompts.
+    size = max(min(256 // max(n, 1), 2**17 // run.args.max_prompt_tokens), 1)
     for start in inner_progress(range(0, len(mine), size), "evaluation"):
         some = mine[start : start + size]
         for prompt, right in zip(some, judged(some, 1, None)):
@@ -3478,6 +3539,7 @@ def evaluate(run, sampler, tokenizer, prompts, reward) -> dict[str, float]:
                 for k in sorted({n} | {2**i for i in range(n.bit_length())}):
                     if k <= len(right):
                         means.add(f"eval/pass@{k}", pass_at_k(len(right), int(right.sum()), k))
+    sampler.free()  # the update wants the memory of a cache that may be larger than training's
     set_random_states(random_states)
     metrics = means.reduce(run)
     if math.isnan(metrics["eval/accuracy"]):
@@ -3710,8 +3772,7 @@ def matrix_rate(device, dtype) -> float:
         started = time.perf_counter()
         for _ in range(times):
             a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
     return 2 * n**3 * times / (time.perf_counter() - started)
 
 
@@ -3804,7 +3865,8 @@ def can_be_loaded(run, key: str, value: Any) -> bool:
 @contextlib.contextmanager
 def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dict[str, Any]):
     """If the block raises a UserError or runs out of memory in any process, save the steps done so far before it ends the run.
-    For any part of a step except its update. With several processes the block may use no collectives except `run.gather` and its callers.
+    For any part of a step except its update. With several processes the block may use no collectives except `run.gather` and
+    its callers.
     """
     random_states = get_random_states()  # the block begins anew when the run goes on
     try:
@@ -3816,6 +3878,7 @@ def checkpoint_on_error(run, models: dict[str, nn.Module], optimizer, state: dic
                 text = lack_of_memory(error)
                 if text is None:
                     raise
+                traceback.clear_frames(error.__traceback__)  # they hold tensors, and the checkpoint needs memory
                 error = UserError(text)
             if not error.met_by_all:
                 run.gather(error)
@@ -3869,9 +3932,9 @@ def gathered(run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     kept = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor):  # else a number in the state of an optimiser
-            tensor = whole(tensor.detach()).cpu().contiguous()
+            tensor = whole(tensor.detach())
         if run.rank == 0:
-            kept[name] = tensor
+            kept[name] = tensor.cpu().contiguous() if isinstance(tensor, Tensor) else tensor
     return kept
 
 
@@ -3910,7 +3973,10 @@ def load_checkpoint(run, models: dict[str, nn.Module], optimizer, prompts: "Prom
             one.load_state_dict(its)
         prompts.position, run.trainer_state.global_step = saved["state"]["position"], saved["state"]["step"]
     if saved["state"].get("prompts", prompts.digest) != prompts.digest:
-        run.warn(f"--dataset {run.args.dataset}: its prompts are not those that the run was started with; going on with the new ones")
+        why = "the data has changed, or the chat template writes the date"
+        run.warn(
+            f"--dataset {run.args.dataset}: its prompts are not those that the run was started with ({why}); going on with the new ones"
+        )
     run.say(f"resuming after step {saved['state']['step']} from {folder}")
     return saved["state"]
 

@@ -216,9 +216,8 @@ def main(args: Args) -> int:
     tokenizer, config = common.load_tokenizer_and_config(args)
     train_prompts, eval_prompts = common.tokenize_train_and_eval(args, run, tokenizer, config, train_rows, eval_rows)
     prompt_stream = common.PromptStream(train_prompts, args.seed)  # each epoch in a new random order
-    if args.critic_model:  # checked before the policy loads
-        critic_config = common.load_config(args.critic_model, "--critic-model", args)
-        common.check_model_takes(train_prompts + eval_prompts, args, critic_config, f"--critic-model {args.critic_model}")
+    if args.critic_model:
+        common.check_critic_model(args, tokenizer, train_prompts + eval_prompts)
     policy, end_ids = common.load_policy(args, run, tokenizer)
     # Changes to the policy's layers belong here: the reference and, in bfloat16 or with other processes, the sampler copy it.
     reference = common.shard(run, common.frozen_copy(policy, run.compute_dtype)) if args.kl_coef > 0 else None

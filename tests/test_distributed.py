@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -197,3 +198,14 @@ def test_every_process_makes_as_many_passes():
     _, empty = batches[-1]
     common.completion_logprobs(model, empty, 1.0).sum().backward()  # what keeps the processes' backward passes in step
     assert all(float(gradient.abs().max()) == 0 for gradient in helpers.gradients(model).values())
+
+
+@pytest.mark.parametrize(("has_gpu", "backend"), [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
+def test_small_messages_go_by_gloo_where_there_are_gpus_too(has_gpu, backend, monkeypatch):
+    init = mock.Mock(side_effect=RuntimeError("enough"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with pytest.raises(RuntimeError, match="enough"):
+        common.join_processes()
+    assert init.call_args.args == (backend,)

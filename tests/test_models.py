@@ -435,6 +435,23 @@ def test_critics_that_the_flat_row_cannot_run_are_named(tmp_path, texts, reward_
             train(ppo, tmp_path, *flags, "--critic-model", tmp_path / "critic")
 
 
+def test_a_name_that_is_no_folder_is_looked_for_on_the_hub_and_said_to_be_neither(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.UserError, match=rf"^--model stories: cannot be loaded: .* \(there is no such folder in {tmp_path} either\)$"):
+        common.load_config("stories", "--model", grpo.Args(model="stories"))
+
+
+def test_a_critic_whose_tokenizer_has_other_numbers_is_refused_before_a_model_loads(tmp_path, texts, monkeypatch):
+    model, critic = save_model(tmp_path / "model"), save_model(tmp_path / "critic", "qwen2")
+    vocabulary = json.loads((Path(critic) / "tokenizer.json").read_text())
+    words = vocabulary["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (Path(critic) / "tokenizer.json").write_text(json.dumps(vocabulary))
+    monkeypatch.setattr(common, "load_policy", None)
+    with pytest.raises(common.UserError, match="^--critic-model .*: its tokenizer has other numbers for the policy's tokens"):
+        train(ppo, tmp_path, "--model", model, "--dataset", texts, "--critic-model", critic)
+
+
 def test_folders_whose_files_do_not_fit_together_are_named(tmp_path, texts, reward_file):
     model, flags = save_model(tmp_path / "model", "qwen2"), ["--dataset", texts, "--reward", f"{reward_file}:many_b"]
     edit_config(model, intermediate_size=25)

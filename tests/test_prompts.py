@@ -422,8 +422,38 @@ def test_that_no_prompts_are_held_out_is_said(rows, distinct, said, tmp_path, ca
     split = common.load_train_and_eval_rows(run.args, *common.load_all_rewards(run.args, run))
     common.tokenize_train_and_eval(run.args, run, make_tokenizer(), config, *split)
     out = capsys.readouterr().out
-    assert ("none are held out" in out) == said
-    assert not said or f"warning: with {rows} prompts none are held out: evaluation is on training prompts\n" in out
+    assert ("evaluation prompts are" in out) == said
+    assert not said or f"warning: {rows} of {rows} evaluation prompts are training prompts, too\n" in out
+
+
+def test_evaluation_prompts_that_are_trained_on_are_said_and_are_from_all_over_their_file(tmp_path, capsys):
+    """Which may be sorted, by difficulty say."""
+    train = write(tmp_path / "a.jsonl", *({"prompt": f"a{i}", "answer": 1} for i in range(12)))
+    test = write(tmp_path / "b.jsonl", *({"prompt": f"a{i}", "answer": 1} for i in reversed(range(8, 38))))
+    run = helpers.make_run(model="m", dataset=train, eval_dataset=test, eval_prompts=7)
+    _, eval_rows = split = common.load_train_and_eval_rows(run.args, *common.load_all_rewards(run.args, run))
+    assert [row["prompt"] for row in eval_rows] == ["a37", "a33", "a29", "a25", "a20", "a16", "a12"]
+    common.tokenize_train_and_eval(run.args, run, make_tokenizer(), transformers.LlamaConfig(vocab_size=50), *split)
+    assert "evaluation prompts are" not in capsys.readouterr().out
+    run.args.eval_prompts = 30
+    split = common.load_train_and_eval_rows(run.args, *common.load_all_rewards(run.args, run))
+    common.tokenize_train_and_eval(run.args, run, make_tokenizer(), transformers.LlamaConfig(vocab_size=50), *split)
+    assert "warning: 4 of 30 evaluation prompts are training prompts, too\n" in capsys.readouterr().out
+
+
+def test_chats_that_end_with_an_answer_are_said(tmp_path, capsys):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write(tmp_path / "a.jsonl", *({"prompt": chat[: 1 + i % 2], "answer": 1} for i in range(12)))
+    run = helpers.make_run(model="m", dataset=path)
+    split = common.load_train_and_eval_rows(run.args, *common.load_all_rewards(run.args, run))
+    common.tokenize_train_and_eval(run.args, run, make_tokenizer(template=TEMPLATE), transformers.LlamaConfig(vocab_size=50), *split)
+    assert " chats end with a message of the assistant, which completions go on with: cut it off" in capsys.readouterr().out
+
+
+def test_many_texts_are_tokenized_in_their_order():
+    texts = [("abc" * 700)[i : i + 1 + i % 3] for i in range(2001)]
+    tokenizer = make_tokenizer()
+    assert common.text_ids(texts, tokenizer) == [common.text_ids([text], tokenizer)[0] for text in texts]
 
 
 def test_rows_to_evaluate_on_are_checked_against_the_reward_that_evaluates(tmp_path):

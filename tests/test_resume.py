@@ -484,6 +484,16 @@ def test_what_could_not_be_loaded_is_left_out_and_said(tmp_path, capsys):
     assert str(optimizer.state[model.weight]) == str({"step": 7, "sum": torch.ones(1, 2)})
 
 
+def test_folders_that_are_no_good_say_what_to_do(stopped, tmp_path):
+    with pytest.raises(common.UserError, match=rf"no args.json there\); take {re.escape(str(stopped))}$"):
+        common.saved_arguments(stopped / "checkpoints" / "step-000004")
+    with pytest.raises(common.UserError, match="not empty, and nothing in it is overwritten"):
+        common.check_new_folder(stopped)
+    shutil.copy(stopped / "args.json", tmp_path)  # of a run that has ended in the evaluation before its first step
+    with pytest.raises(common.UserError, match="a run that has no checkpoint yet; if it has ended, remove the folder$"):
+        common.check_new_folder(tmp_path)
+
+
 def test_a_list_of_optimisers_goes_on_as_it_was(tmp_path):
     """Their moments, and the peaks of their learning rates."""
     run, model = helpers.make_run(), torch.nn.Linear(2, 1)

@@ -37,6 +37,33 @@ def test_exact():
     assert verdict("exact", "42", answer=42) == 1.0
     assert verdict("exact", "42.", answer="42") == 0.0
     assert verdict("exact", "", answer=None) is None
+    assert verdict("exact", "3", answer=3.0) == 1.0  # as pandas writes a column of integers with a gap
+    assert verdict("exact", "2.5", answer=2.5) == 1.0
+
+
+@pytest.mark.parametrize("reward", ["exact", "gsm8k"])
+def test_an_answer_in_tags_is_read_there(reward):
+    """So that it can go together with the format that asks for them; a draft before does not count."""
+    for completion, score in (
+        ("<think>2*9</think><answer>18</answer>", 1.0),
+        ("<think>2*9</think>\n<answer> 18 </answer>", 1.0),
+        ("<think>#### 18</think><answer>7</answer>", 0.0),
+        (r"<think>so \boxed{18}?</think><answer>7</answer>", 0.0),
+        ("<answer>7</answer> no <answer>18</answer>", 1.0),
+        ("<answer>18</answer> no <answer>7</answer>", 0.0),
+        ("<answer></answer>18", 0.0),
+    ):
+        assert verdict(reward, completion, answer="18") == score
+    assert verdict("format", "<think>2*9</think><answer>18</answer>") == 1.0
+
+
+@pytest.mark.parametrize("reward", ["exact", "gsm8k"])
+@pytest.mark.parametrize("answer", [["18", "18.0"], {"style": "rule-v2", "ground_truth": "18"}], ids=str)
+def test_an_answer_that_is_no_text_or_number_names_its_row(reward, answer, tmp_path):
+    row = common.Row(prompt="a", answer=answer)
+    row.place = "rows.jsonl:3"
+    with pytest.raises(common.UserError, match=rf"^rows.jsonl:3: reward {reward}: the answer .* is no text or number; name the right"):
+        common.check_rewards(common.load_rewards([reward]), [row])
 
 
 @pytest.mark.parametrize(

@@ -248,3 +248,12 @@ def test_a_reward_that_takes_too_long_in_an_evaluation_is_ended():
 
     with pytest.raises(common.UserError, match="reward some took longer than --reward-timeout 0.05 seconds"):
         evaluation(reward=slow, reward_timeout=0.05)
+
+
+def test_long_prompts_are_evaluated_a_few_at_a_time_and_the_cache_is_given_up(monkeypatch):
+    sample, free, seen = common.Sampler.sample, common.Sampler.free, []
+    monkeypatch.setattr(common.Sampler, "sample", lambda self, prompts, *args: seen.append(len(prompts)) or sample(self, prompts, *args))
+    monkeypatch.setattr(common.Sampler, "free", lambda self: seen.append("freed") or free(self))
+    evaluation(prompts=5, max_prompt_tokens=2**16, eval_samples=2)
+    assert [x for x in seen if x != "freed"] == [2, 2, 2, 2, 1, 1]
+    assert seen[-3:] == ["freed"] * 3  # on a CPU also by each call, before and after
