@@ -289,8 +289,8 @@ def join_processes():
     """Under torchrun: join the process group, and exit with status 2 once any process reports an error. Returns the store."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
-    # By default there would be only nccl where there are GPUs. The timeout is a day, since the others wait while one process writes
-    # a checkpoint or scores. torchrun notices a process that dies, the thread below one that reports an error.
+    # By default there would be only nccl where there are GPUs. The timeout is a day, since the others wait while one process
+    # writes a checkpoint or scores. torchrun notices a process that dies, the thread below one that reports an error.
     with explained_as("WORLD_SIZE is set, but not all that torchrun sets beside it", ValueError):
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
@@ -790,9 +790,8 @@ class Rollout:
                 new = new + mine.max() + 1
             if isinstance(mine, Tensor) and mine.dim() == 2:
                 if name != "prompt_ids" and mine.shape[1] != new.shape[1]:  # one number a sequence stands for all its tokens
-                    mine, new = (
-                        x.expand(-1, of.completion_ids.shape[1]) if x.shape[1] == 1 else x for x, of in ((mine, self), (new, other))
-                    )
+                    mine = mine.expand(-1, self.completion_ids.shape[1]) if mine.shape[1] == 1 else mine
+                    new = new.expand(-1, other.completion_ids.shape[1]) if new.shape[1] == 1 else new
                 width, on_the_left = max(mine.shape[1], new.shape[1]), name == "prompt_ids"
                 mine, new = (
                     F.pad(x, (width - x.shape[1], 0) if on_the_left else (0, width - x.shape[1])) for x in (mine, new)
@@ -3843,23 +3842,24 @@ def save_checkpoint(run, models: dict[str, nn.Module], optimizer, state: dict[st
 def can_be_loaded(run, key: str, value: Any) -> bool:
     """Whether `load_checkpoint` could read this value, since it refuses code in a file; warns if not, and of a sharded tensor,
     of which only the first process's part would be saved."""
-    file = io.BytesIO()
-
-    def is_sharded(x):
-        inner = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
-        return hasattr(x, "full_tensor") or any(map(is_sharded, inner))
-
+    file, unfit = io.BytesIO(), None
     try:
-        if is_sharded(value):
-            raise TypeError
         torch.save(value, file)
         torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError):
+        unfit = type(value).__name__
+    if is_sharded(value):
+        unfit = "the shard of a tensor: put it in as common.whole(...)"
+    if unfit:
         kinds = "numbers, texts, lists and dicts of Python, and tensors"
-        given = "the shard of a tensor: put it in as common.whole(...)" if is_sharded(value) else type(value).__name__
-        run.warn_once(f"state[{key!r}] is left out of checkpoints, which take {kinds}, not {given}")
-        return False
-    return True
+        run.warn_once(f"state[{key!r}] is left out of checkpoints, which take {kinds}, not {unfit}")
+    return unfit is None
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether `shard` has split a tensor in a value, or in the lists and dicts that it consists of."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return hasattr(value, "full_tensor") or any(map(is_sharded, inner))
 
 
 @contextlib.contextmanager

@@ -307,8 +307,8 @@ def main(args: Args) -> int:
         repeated_prompts = [prompt for prompt in own_prompts for _ in range(G)]  # one prompt for each completion: B
         # One random number per token, (B, max_new_tokens): by seed, step, purpose (0) and sequence, not by batch or process.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
-        # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         with common.checkpoint_on_error(run, models, optimizer, state):  # memory may run out
+            # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
             rollout = sampler.sample([prompt.ids for prompt in own_prompts], G, uniforms)
         texts, token_ids = common.decode(tokenizer, rollout)
 
@@ -443,12 +443,8 @@ def resample_equal_groups(
     """
     args, G, replaced = run.args, run.args.group_size, 0
     for attempt in range(1, args.max_resamples + 1):
-        if not scores.has_lists:
-            advantages = group_advantages(scores.total, G)
-        else:
-            step_rewards, step_ends = common.dense_table(scores.dense, rollout)  # (B, C)
-            advantages = process_advantages(step_rewards, G, step_ends)
-        groups = without_advantage(advantages, G).cpu().nonzero()[:, 0]
+        step_rewards, step_ends = common.dense_table(scores.dense, rollout)  # (B, C); a plain score is that of a single step
+        groups = without_advantage(process_advantages(step_rewards, G, step_ends), G).cpu().nonzero()[:, 0]
         counts = run.gather(len(groups))  # of all processes, which take prompts from the stream in the order of their ranks
         first, total = sum(counts[: run.rank]), sum(counts)
         if total == 0:

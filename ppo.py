@@ -261,8 +261,8 @@ def main(args: Args) -> int:
         repeated_prompts = [prompt for prompt in own_prompts for _ in range(G)]  # one prompt for each completion: B
         # One random number per token, (B, max_new_tokens): by seed, step, purpose (0) and sequence, not by batch or process.
         uniforms = run.own_part(run.uniforms(step, 0, args.prompts_per_step * G, args.max_new_tokens))
-        # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
         with common.checkpoint_on_error(run, models, optimizer, state):  # memory may run out
+            # completion_ids, completion_mask (True up to and including the first end token), sampler_logprobs: all (B, C)
             rollout = sampler.sample([prompt.ids for prompt in own_prompts], G, uniforms)
         texts, token_ids = common.decode(tokenizer, rollout)
 
